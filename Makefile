@@ -1,0 +1,41 @@
+# Everything a developer needs, from a bare checkout. Each target first installs what is missing.
+
+UV ?= uv
+COMPILE = $(UV) pip compile pyproject.toml --quiet --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(ARGS)
+
+.PHONY: help demo test check bench format lock clean setup setup-python
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: setup  ## Show the service at work with servers of its own (KEEP=1: until Ctrl-C)
+	@.venv/bin/retry-scheduler demo $(if $(KEEP),--keep)
+
+test: setup  ## Run all tests (ARGS="-k name" for some)
+	@.venv/bin/python -m pytest $(ARGS)
+
+check: setup-python  ## Check format, lint, types, layers, dependencies and file lengths
+	@scripts/check
+
+bench: setup  ## Measure throughput and lateness (ARGS=... is passed on)
+	@.venv/bin/python -m benchmarks.burst $(ARGS)
+
+format: setup-python  ## Format the code, and repair what the linter can repair
+	@.venv/bin/ruff format --quiet .
+	@.venv/bin/ruff check --quiet --fix .
+
+lock:  ## Resolve the dependencies anew into requirements/*.lock (ARGS=--upgrade for newer versions)
+	@$(COMPILE) --output-file requirements/runtime.lock
+	@$(COMPILE) --extra demo --group dev --output-file requirements/dev.lock
+
+clean:  ## Remove .venv and everything else that can be made again
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup:
+	@scripts/setup
+
+setup-python:
+	@scripts/setup python

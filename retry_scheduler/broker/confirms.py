@@ -1,0 +1,111 @@
+"""The confirm ledger: which publications of one channel are outstanding, and what became of each.
+
+Pure: no clock, no network. The broker numbers publications from 1 and answers in any order, one at
+a time or "this one and all before it". A returned message is confirmed too, right after its
+return, so a return must be noted under a key of ours: the header x-retry-id.
+
+States of a publication: outstanding -> confirmed | returned | refused, or unknown if the channel
+closes first. Unknown may have been delivered: it is published again later under the same key.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from enum import Enum
+
+
+class Outcome(Enum):
+    """What became of one publication."""
+
+    CONFIRMED = "confirmed"
+    RETURNED = "returned"  # no such queue; certainly not delivered
+    REFUSED = "refused"  # the broker said no (nack); certainly not delivered
+    UNKNOWN = "unknown"  # sent, and no answer will come; perhaps delivered
+    NOT_SENT = "not sent"  # certainly not delivered, and not the message's fault
+    UNSENDABLE = "unsendable"  # certainly not delivered: AMQP cannot carry it
+
+
+class ConfirmBatch:
+    """Publications that somebody waits for together; `done` is set once every outcome is known."""
+
+    def __init__(self, size: int) -> None:
+        self.outcomes: list[Outcome | None] = [None] * size
+        self._open = size
+        self.done: asyncio.Event = asyncio.Event()
+        if size == 0:
+            self.done.set()
+
+    def settle(self, place: int, outcome: Outcome) -> None:
+        """Note the outcome of the publication at `place`; only the first one counts."""
+        if self.outcomes[place] is None:
+            self.outcomes[place] = outcome
+            self._open -= 1
+            if self._open == 0:
+                self.done.set()
+
+    def results(self) -> Sequence[Outcome]:
+        """Return the outcomes in the order of the publications; those still open are unknown."""
+        return [outcome or Outcome.UNKNOWN for outcome in self.outcomes]
+
+
+class ConfirmLedger:
+    """The outstanding publications of one channel. Every call costs O(1) for each one it settles."""
+
+    def __init__(self) -> None:
+        self._next_tag = 1
+        # Insertion order is the order of the tags: "this and all before" takes from the front.
+        self._outstanding: dict[int, tuple[ConfirmBatch, int, str]] = {}
+        self._tags: dict[str, int] = {}
+        self._returned: set[int] = set()
+        self.unexpected_answers = 0
+
+    def __len__(self) -> int:
+        return len(self._outstanding)
+
+    def sent(self, batch: ConfirmBatch, place: int, key: str) -> None:
+        """Note that the publication at `place` was handed to the channel, under `key`."""
+        self._outstanding[self._next_tag] = (batch, place, key)
+        self._tags[key] = self._next_tag
+        self._next_tag += 1
+
+    def returned(self, key: str | None) -> None:
+        """Note that the broker found no queue for `key`. Its confirm, which follows, will say so."""
+        tag = self._tags.get(key) if key is not None else None
+        if tag is None:
+            self.unexpected_answers += 1
+        else:
+            self._returned.add(tag)
+
+    def answered(self, tag: int, *, multiple: bool, accepted: bool) -> None:
+        """Settle `tag`, and all before it if `multiple`. A tag that is not outstanding is only counted."""
+        if not multiple:
+            if tag in self._outstanding:
+                self._settle(tag, accepted)
+            else:
+                self.unexpected_answers += 1
+            return
+        # Tag 0 means all; a tag above the last one sent settles what is there.
+        while self._outstanding:
+            first = next(iter(self._outstanding))
+            if tag and first > tag:
+                break
+            self._settle(first, accepted)
+
+    def close(self) -> int:
+        """The channel is gone: what is outstanding stays unknown. Return how many that were."""
+        count = len(self._outstanding)
+        for batch, place, _ in self._outstanding.values():
+            batch.settle(place, Outcome.UNKNOWN)
+        self._outstanding.clear()
+        self._tags.clear()
+        self._returned.clear()
+        return count
+
+    def _settle(self, tag: int, accepted: bool) -> None:
+        batch, place, key = self._outstanding.pop(tag)
+        if self._tags.get(key) == tag:
+            del self._tags[key]
+        if tag in self._returned:
+            self._returned.discard(tag)
+            batch.settle(place, Outcome.RETURNED)
+        else:
+            batch.settle(place, Outcome.CONFIRMED if accepted else Outcome.REFUSED)

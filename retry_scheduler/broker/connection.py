@@ -1,0 +1,222 @@
+"""Opens one AMQP connection with one channel, and keeps a link to the broker for as long as it is wanted.
+
+Reconnecting means starting over: everything is torn down, connected, declared and verified again.
+No pika exception leaves this package.
+"""
+
+import asyncio
+import random
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pika
+from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.exceptions import AMQPError, StreamLostError
+
+import retry_scheduler.broker.properties  # noqa: F401  enters the raw properties in pika's registry
+from retry_scheduler.errors import Unavailable
+
+SERVER = "RabbitMQ"
+
+HEARTBEAT_S = 10
+CONNECT_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 2.0
+
+# With full jitter, so that many clients do not come back in step. Longer than 3 s would show in
+# the time to recover; shorter than 0.2 s would be a hot loop.
+FIRST_BACKOFF_S = 0.2
+LAST_BACKOFF_S = 3.0
+
+
+class Connection:
+    """One open connection with one open channel. Made by `connect`; of no use once `closed` is done."""
+
+    def __init__(self, raw: AsyncioConnection, channel: Any) -> None:
+        self._raw = raw
+        self.channel = channel
+        self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.on_blocked: Callable[[bool], None] = lambda blocked: None
+        self._gone = asyncio.Event()
+        self._trip: asyncio.Task[Any] | None = None
+        raw.add_on_close_callback(lambda _, reason: self._note_gone(reason))
+        raw.add_on_connection_blocked_callback(lambda *_: self.on_blocked(True))
+        raw.add_on_connection_unblocked_callback(lambda *_: self.on_blocked(False))
+        channel.add_on_close_callback(lambda _, reason: self._note_closed(reason))
+
+    async def call(self, start: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a pika method that answers through `callback=`, and return the answer. Raises Unavailable."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        try:
+            start(*arguments, callback=_setter(answer), **options)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await asyncio.wait((answer, self.closed), return_when=asyncio.FIRST_COMPLETED)
+        except (AMQPError, TimeoutError) as error:
+            raise Unavailable(SERVER, describe(error)) from error
+        if not answer.done():
+            raise Unavailable(SERVER, self.closed.result())
+        return answer.result()
+
+    async def round_trip(self) -> None:
+        """Return once the broker has handled all that was sent before. Raises Unavailable.
+
+        Those who ask while an answer is outstanding share it: pika keeps one callback for it.
+        """
+        if self._trip is None or self._trip.done():
+            self._trip = asyncio.create_task(self.call(self.channel.flow, True), name="round trip")
+            self._trip.add_done_callback(lambda trip: trip.cancelled() or trip.exception())
+        await asyncio.shield(self._trip)
+
+    async def close(self) -> None:
+        """Close politely, so that the broker handles what was sent before; cut it if that takes too long."""
+        if self._raw.is_open:
+            self._raw.close()
+            try:
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._gone.wait()
+            except TimeoutError:
+                pass
+        self.cut("closed by us")
+
+    def cut(self, reason: str) -> None:
+        """Drop the socket at once; harmless when repeated."""
+        self._note_closed(reason)
+        if not self._gone.is_set():
+            # pika's public ways to leave all wait for the peer, which may have fallen silent.
+            self._raw._terminate_stream(StreamLostError(reason))
+
+    def _note_gone(self, reason: object) -> None:
+        self._gone.set()
+        self._note_closed(reason)
+
+    def _note_closed(self, reason: object) -> None:
+        if not self.closed.done():
+            self.closed.set_result(describe(reason))
+
+
+async def connect(url: str, *, name: str) -> Connection:
+    """Return an open connection with an open channel.
+
+    url: amqp:// or amqps://; with the latter the server's certificate and name are verified.
+    name: shown by the broker in its list of connections.
+    Raises Unavailable within about CONNECT_TIMEOUT_S; the problem never holds the password.
+    """
+    loop = asyncio.get_running_loop()
+    opened: asyncio.Future[Any] = loop.create_future()
+
+    def finish(result: Any) -> None:
+        if not opened.done():
+            opened.set_result(result)
+        elif isinstance(result, AsyncioConnection) and result.is_open:
+            result.close()  # too late: nobody waits for it any more
+
+    workflow = AsyncioConnection.create_connection([_parameters(url, name)], finish, custom_ioloop=loop)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S + 1):
+            raw = await opened
+    except TimeoutError as error:
+        workflow.abort()
+        raise Unavailable(SERVER, "no answer in time while connecting") from error
+    except asyncio.CancelledError:
+        workflow.abort()
+        raise
+    if not isinstance(raw, AsyncioConnection):
+        raise Unavailable(SERVER, describe(raw))
+    return await _with_channel(raw)
+
+
+async def keep_linked(
+    session: Callable[[], Awaitable[None]], *, on_problem: Callable[[Unavailable], None]
+) -> None:
+    """Run `session` again and again until cancelled.
+
+    session: connects, calls back that it is up, waits for the end, and raises Unavailable.
+    on_problem: told of each end; one call a try.
+    """
+    backoff_s = FIRST_BACKOFF_S
+    loop = asyncio.get_running_loop()
+    while True:
+        began = loop.time()
+        try:
+            await session()
+        except Unavailable as problem:
+            on_problem(problem)
+        if loop.time() - began > LAST_BACKOFF_S:
+            backoff_s = FIRST_BACKOFF_S  # it had worked: try again soon
+        await asyncio.sleep(random.uniform(0, backoff_s))
+        backoff_s = min(backoff_s * 2, LAST_BACKOFF_S)
+
+
+def describe(reason: object) -> str:
+    """Return one line that says why a connection or channel ended, without any address or secret."""
+    if isinstance(reason, str):
+        return reason
+    causes = getattr(reason, "exceptions", None)
+    if causes:
+        return describe(causes[-1])
+    inner = getattr(reason, "exception", None)
+    if isinstance(inner, BaseException):
+        return describe(inner)
+    code, text = getattr(reason, "reply_code", None), getattr(reason, "reply_text", None)
+    if code is not None:
+        return f"{code} {text}"
+    if isinstance(reason, TimeoutError):
+        return "no answer in time"
+    if isinstance(reason, OSError) and reason.strerror:
+        return reason.strerror
+    first = next(iter(getattr(reason, "args", ())), None)
+    if isinstance(first, BaseException) and first is not reason:
+        return describe(first)
+    return f"{type(reason).__name__}: {first}" if first else type(reason).__name__
+
+
+async def _with_channel(raw: AsyncioConnection) -> Connection:
+    loop = asyncio.get_running_loop()
+    opened: asyncio.Future[Any] = loop.create_future()
+
+    def fail(_: Any, reason: object) -> None:
+        if not opened.done():
+            opened.set_exception(Unavailable(SERVER, describe(reason)))
+
+    try:
+        raw.add_on_close_callback(fail)
+        raw.channel(on_open_callback=_setter(opened))
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            return Connection(raw, await opened)
+    except (AMQPError, TimeoutError) as error:
+        raw.close()
+        raise Unavailable(SERVER, describe(error)) from error
+
+
+def _setter(future: "asyncio.Future[Any]") -> Callable[[Any], None]:
+    """Return a callback that ends the wait for `future`, once."""
+
+    def finish(result: Any) -> None:
+        if not future.done():
+            future.set_result(result)
+
+    return finish
+
+
+def _parameters(url: str, name: str) -> pika.ConnectionParameters:
+    parts = urlsplit(url)
+    host = parts.hostname or "localhost"
+    tls = parts.scheme == "amqps"
+    return pika.ConnectionParameters(
+        host=host,
+        port=parts.port or (5671 if tls else 5672),
+        virtual_host=unquote(parts.path[1:]) or "/",
+        credentials=pika.PlainCredentials(
+            unquote(parts.username or "guest"), unquote(parts.password or "guest")
+        ),
+        ssl_options=pika.SSLOptions(ssl.create_default_context(), host) if tls else None,
+        heartbeat=HEARTBEAT_S,
+        # Being blocked is a state of the broker, not a reason to leave it.
+        blocked_connection_timeout=None,
+        connection_attempts=1,
+        socket_timeout=CONNECT_TIMEOUT_S,
+        stack_timeout=CONNECT_TIMEOUT_S,
+        client_properties={"connection_name": name, "product": "retry-scheduler"},
+    )

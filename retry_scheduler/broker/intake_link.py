@@ -1,0 +1,161 @@
+"""Consumes one queue in batches, and reconnects by itself.
+
+What was received is handed out even if its connection has died since: the broker will deliver it
+again, and to have stored it by then is what makes the second delivery harmless. Only the
+acknowledgement is bound to the channel that delivered.
+
+    connecting -> consuming -> (connection lost, or consumer cancelled because the queue was deleted)
+        -> connecting ...          `stop_consuming` ends it: no more arrives, acknowledging still works
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pika.exceptions import AMQPError
+
+from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
+from retry_scheduler.broker.topology import connect_with_queues
+from retry_scheduler.errors import Unavailable
+
+# One batch is one INSERT: more rows gain nothing, more bytes only cost memory.
+MAX_BATCH = 1000
+MAX_BATCH_BYTES = 16 * 1024 * 1024
+
+
+class Delivery:
+    """One message as it came. properties: encoded. redelivered: the broker has sent it before."""
+
+    __slots__ = ("body", "connection", "properties", "redelivered", "tag")
+
+    def __init__(
+        self, connection: Connection, tag: int, *, redelivered: bool, properties: bytes, body: bytes
+    ) -> None:
+        self.connection = connection
+        self.tag = tag
+        self.redelivered = redelivered
+        self.properties = properties
+        self.body = body
+
+
+class IntakeLink:
+    """One consumer of one queue."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        queue: str,
+        queues: Sequence[str],
+        prefetch: int,
+        name: str,
+        on_problem: Callable[[Unavailable], None],
+    ) -> None:
+        """Queue to consume, queues to create where they are missing, and whom to tell of each failed try."""
+        self._url = url
+        self._queue = queue
+        self._queues = queues
+        self._prefetch = prefetch
+        self._name = name
+        self._on_problem = on_problem
+        self._connection: Connection | None = None
+        self._consumer_tag: str | None = None
+        self._wanted = True
+        self._arrived: deque[Delivery] = deque()
+        self._something_arrived = asyncio.Event()
+
+    @property
+    def up(self) -> bool:
+        """Whether the broker is delivering to us."""
+        return self._consumer_tag is not None
+
+    async def run(self) -> None:
+        """Stay connected until cancelled."""
+        await keep_linked(self._session, on_problem=self._on_problem)
+
+    async def take(self) -> list[Delivery]:
+        """Wait until something has arrived and return it, oldest first, at most a batch."""
+        await self._something_arrived.wait()
+        return self.take_arrived()
+
+    def take_arrived(self) -> list[Delivery]:
+        """Return what has arrived, oldest first, at most a batch; perhaps nothing."""
+        batch: list[Delivery] = []
+        size = 0
+        while self._arrived and len(batch) < MAX_BATCH and size < MAX_BATCH_BYTES:
+            delivery = self._arrived.popleft()
+            size += len(delivery.body)
+            batch.append(delivery)
+        if not self._arrived:
+            self._something_arrived.clear()
+        return batch
+
+    def acknowledge(self, batch: Sequence[Delivery]) -> None:
+        """Tell the broker that everything up to the end of `batch` is safe.
+
+        Batches must be acknowledged in the order they were taken. What came over a connection that
+        has ended is passed over: its tags mean nothing to the new one.
+        """
+        for place in range(len(batch) - 1, -1, -1):
+            delivery = batch[place]
+            if delivery.connection is self._connection and not delivery.connection.closed.done():
+                # A channel that closes this moment means the same as one that has closed.
+                with suppress(AMQPError):
+                    delivery.connection.channel.basic_ack(delivery.tag, multiple=True)
+                return
+
+    async def stop_consuming(self) -> None:
+        """Ask for no more. What had been sent to us before is still to be taken. Never raises."""
+        connection, tag = self._connection, self._consumer_tag
+        self._consumer_tag = None
+        self._wanted = False
+        if connection is None or tag is None:
+            return
+        try:
+            await connection.call(connection.channel.basic_cancel, tag)
+        except Unavailable:
+            connection.cut("no answer to basic.cancel")
+
+    async def round_trip(self) -> None:
+        """Return once the broker has handled all that was sent before. Raises Unavailable."""
+        if self._connection is None:
+            raise Unavailable(SERVER, "not connected")
+        await self._connection.round_trip()
+
+    async def _session(self) -> None:
+        connection = await connect_with_queues(self._url, self._queues, name=self._name)
+        self._connection = connection
+        try:
+            connection.channel.add_on_cancel_callback(lambda _: connection.cut("the queue was deleted"))
+            if self._wanted:
+                await self._consume(connection)
+            raise Unavailable(SERVER, await asyncio.shield(connection.closed))
+        finally:
+            self._consumer_tag = None
+            self._connection = None
+            await connection.close()
+
+    async def _consume(self, connection: Connection) -> None:
+        await connection.call(connection.channel.basic_qos, prefetch_count=self._prefetch)
+        tag = f"retry-scheduler-{id(connection):x}"
+        await connection.call(
+            connection.channel.basic_consume,
+            self._queue,
+            lambda _, method, properties, body: self._receive(connection, method, properties, body),
+            consumer_tag=tag,
+        )
+        self._consumer_tag = tag
+
+    def _receive(self, connection: Connection, method: Any, properties: Any, body: bytes) -> None:
+        self._arrived.append(
+            Delivery(
+                connection,
+                method.delivery_tag,
+                redelivered=method.redelivered,
+                properties=properties.raw,
+                body=body,
+            )
+        )
+        self._something_arrived.set()

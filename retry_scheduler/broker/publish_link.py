@@ -1,0 +1,162 @@
+"""Publishes batches, mandatory and confirmed, learns what became of each message, and reconnects by itself.
+
+    connecting -> ready <-> blocked (a broker alarm)      `ready_changed` wakes whoever waits for it
+         ^---------------------'  connection or channel lost: outstanding publications become unknown
+
+A confirm that does not come in time means the same as a lost channel: nobody knows. The connection
+is dropped and never used again, since a late confirm could otherwise be taken for another's.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pika.exceptions import AMQPError
+
+from retry_scheduler.broker.confirms import ConfirmBatch, ConfirmLedger, Outcome
+from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
+from retry_scheduler.broker.properties import RawProperties, text_headers
+from retry_scheduler.broker.topology import connect_with_queues
+from retry_scheduler.errors import Unavailable
+
+# Confirms take milliseconds, on slow disks a few hundred. Much shorter and a busy broker gets
+# duplicates; much longer and a lost confirm delays its message.
+CONFIRM_TIMEOUT_S = 10.0
+
+# The header by which a returned message is recognised; unique among those outstanding.
+RETRY_ID = "x-retry-id"
+
+# So many messages are written before the event loop gets its turn again.
+_WRITE_RUN = 64
+
+
+class Publication:
+    """One message for the default exchange. properties: encoded; they must hold `key` as x-retry-id."""
+
+    __slots__ = ("body", "key", "properties", "queue")
+
+    def __init__(self, queue: str, *, key: str, properties: bytes, body: bytes) -> None:
+        self.queue = queue
+        self.key = key
+        self.properties = properties
+        self.body = body
+
+
+class PublishLink:
+    """One publishing channel."""
+
+    def __init__(
+        self, url: str, *, queues: Sequence[str], name: str, on_problem: Callable[[Unavailable], None]
+    ) -> None:
+        """Queues to create where they are missing, and whom to tell of each failed try."""
+        self._url = url
+        self._queues = queues
+        self._name = name
+        self._on_problem = on_problem
+        self._connection: Connection | None = None
+        self._ledger = ConfirmLedger()
+        self._blocked = False
+        self.ready_changed = asyncio.Event()
+
+    @property
+    def up(self) -> bool:
+        """Whether there is a connection, blocked or not."""
+        return self._connection is not None
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the broker has an alarm and takes no messages."""
+        return self._blocked
+
+    @property
+    def ready(self) -> bool:
+        """Whether publishing makes sense now."""
+        return self.up and not self._blocked
+
+    async def run(self) -> None:
+        """Stay connected until cancelled."""
+        await keep_linked(self._session, on_problem=self._on_problem)
+
+    async def publish(self, publications: Sequence[Publication]) -> list[Outcome]:
+        """Send all, wait for the broker's answers, and return the outcomes in the same order.
+
+        Returns within about CONFIRM_TIMEOUT_S. Never raises: trouble is an outcome.
+        """
+        connection, ledger = self._connection, self._ledger
+        batch = ConfirmBatch(len(publications))
+        for place, publication in enumerate(publications):
+            if place % _WRITE_RUN == _WRITE_RUN - 1:
+                await asyncio.sleep(0)
+            if connection is None or connection.closed.done() or self._blocked:
+                batch.settle(place, Outcome.NOT_SENT)
+                continue
+            self._send(connection, ledger, batch, place, publication)
+        try:
+            async with asyncio.timeout(CONFIRM_TIMEOUT_S):
+                await batch.done.wait()
+        except TimeoutError:
+            if connection is not None:
+                connection.cut("a confirm did not come in time")
+            ledger.close()
+        return list(batch.results())
+
+    async def round_trip(self) -> None:
+        """Return once the broker has handled all that was sent before. Raises Unavailable."""
+        if self._connection is None:
+            raise Unavailable(SERVER, "not connected")
+        await self._connection.round_trip()
+
+    async def restore_queues(self) -> None:
+        """Create our queues where they are missing, without touching this link. Raises Unavailable."""
+        connection = await connect_with_queues(self._url, self._queues, name=f"{self._name} (queues)")
+        await connection.close()
+
+    def _send(
+        self,
+        connection: Connection,
+        ledger: ConfirmLedger,
+        batch: ConfirmBatch,
+        place: int,
+        publication: Publication,
+    ) -> None:
+        try:
+            connection.channel.basic_publish(
+                "", publication.queue, publication.body, RawProperties(publication.properties), mandatory=True
+            )
+        except AMQPError:  # the channel has closed: pika checks that before it writes anything
+            batch.settle(place, Outcome.NOT_SENT)
+        except (ValueError, AssertionError):  # it could not be encoded; nothing was written
+            batch.settle(place, Outcome.UNSENDABLE)
+        else:
+            # The broker counts what it receives: a number is only taken for what was written.
+            ledger.sent(batch, place, publication.key)
+
+    async def _session(self) -> None:
+        connection = await connect_with_queues(self._url, self._queues, name=self._name)
+        ledger = ConfirmLedger()
+        try:
+            connection.on_blocked = self._note_blocked
+            connection.channel.add_on_return_callback(
+                lambda _, method, properties, body: ledger.returned(
+                    text_headers(properties.raw, (RETRY_ID,)).get(RETRY_ID)
+                )
+            )
+            await connection.call(
+                connection.channel.confirm_delivery, lambda frame: _answer(ledger, frame.method)
+            )
+            self._connection, self._ledger, self._blocked = connection, ledger, False
+            self.ready_changed.set()
+            raise Unavailable(SERVER, await asyncio.shield(connection.closed))
+        finally:
+            self._connection, self._blocked = None, False
+            self.ready_changed.set()
+            ledger.close()
+            await connection.close()
+
+    def _note_blocked(self, blocked: bool) -> None:
+        self._blocked = blocked
+        self.ready_changed.set()
+
+
+def _answer(ledger: ConfirmLedger, method: Any) -> None:
+    ledger.answered(method.delivery_tag, multiple=method.multiple, accepted=method.NAME == "Basic.Ack")

@@ -1,0 +1,132 @@
+"""The command line: `retry-scheduler run | migrate | check | demo`.
+
+Exit codes (sysexits.h): 0 good, 64 usage, 69 a server is away, 70 a bug, 78 bad configuration.
+Heavy imports stand inside the commands, so that --help is quick.
+"""
+
+import os
+import sys
+from collections.abc import Coroutine
+from typing import Annotated, Any
+
+import cyclopts
+import uvloop
+
+from retry_scheduler import __version__
+from retry_scheduler.errors import BadSettings, PortTaken, Unavailable, UnusableSchema
+
+EX_OK = 0
+EX_USAGE = 64
+EX_UNAVAILABLE = 69
+EX_SOFTWARE = 70
+EX_CONFIG = 78
+
+app = cyclopts.App(
+    name="retry-scheduler",
+    help="Keeps failed RabbitMQ messages in PostgreSQL and sends each back when its next attempt is due.",
+    version=__version__,
+    help_epilogue="Settings come from the environment; `retry-scheduler check` tells whether they work.",
+)
+
+
+@app.command
+def run() -> int:
+    """Run the service until SIGTERM. Waits for its servers; creates missing tables and queues."""
+    from retry_scheduler.observability.logs import flush_logs, set_up_logs
+    from retry_scheduler.service import serve
+    from retry_scheduler.settings import load_settings
+
+    settings = load_settings(os.environ)
+    set_up_logs(settings.log_level, service=settings.service_name)
+    try:
+        return _run(serve(settings))
+    finally:
+        flush_logs()
+
+
+@app.command
+def migrate() -> int:
+    """Create or update the tables. Safe to repeat, and beside running instances."""
+    from retry_scheduler.database import Database
+    from retry_scheduler.schema import migrate as apply_missing
+    from retry_scheduler.service import database_address
+    from retry_scheduler.settings import load_settings
+
+    async def work() -> None:
+        applied = await apply_missing(
+            Database(database_address(load_settings(os.environ)), pool_min=0, pool_max=1)
+        )
+        for migration in applied:
+            print(f"applied {migration.name}")  # noqa: T201
+        if not applied:
+            print("the tables are up to date")  # noqa: T201
+
+    return _run(work())
+
+
+@app.command
+def check() -> int:
+    """Check settings, both servers, tables and queues; change nothing. Prints a line for each."""
+    from retry_scheduler.preflight import check_everything
+    from retry_scheduler.settings import load_settings
+
+    settings = load_settings(os.environ)
+    print("ok    settings")  # noqa: T201
+
+    async def work() -> int:
+        worst = EX_OK
+        async for finding in check_everything(settings):
+            print(finding.line)  # noqa: T201
+            worst = max(worst, finding.exit_code)
+        return worst
+
+    return _run(work())
+
+
+@app.command
+def demo(
+    *,
+    keep: Annotated[
+        bool, cyclopts.Parameter(help="Stay up afterwards; print URLs and a command to try.")
+    ] = False,
+) -> int:
+    """Show the whole system at work, on a private PostgreSQL and a private RabbitMQ."""
+    from retry_scheduler.demo.show import run_demo
+
+    return run_demo(keep=keep)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        return int(
+            app(arguments, exit_on_error=False, print_error=True, result_action="return_value") or EX_OK
+        )
+    except cyclopts.CycloptsError:
+        return EX_USAGE
+    except BadSettings as error:
+        for problem in error.problems:
+            _say(f"bad setting: {problem}")
+        return EX_CONFIG
+    except (UnusableSchema, PortTaken) as error:
+        _say(str(error))
+        return EX_CONFIG
+    except Unavailable as error:
+        _say(str(error))
+        return EX_UNAVAILABLE
+    except BaseExceptionGroup as group:
+        import structlog
+
+        from retry_scheduler.observability.logs import flush_logs
+
+        structlog.get_logger().critical("Service failed", exc_info=group)
+        flush_logs()
+        return EX_SOFTWARE
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> int:
+    return int(uvloop.run(work) or EX_OK)
+
+
+def _say(text: str) -> None:
+    print(f"retry-scheduler: {text}", file=sys.stderr)  # noqa: T201

@@ -1,0 +1,253 @@
+"""Turns messages on the retry queue into stored attempts: what has arrived, in one statement, one ack.
+
+    received -> checked -> stored (commit) -> acknowledged
+                       `-> quarantined (commit) -> acknowledged
+
+A crash before the commit, or between commit and acknowledgement, makes the broker deliver again
+with the redelivered flag; an attempt that is stored already is then left as it is.
+
+What a repeated attempt means (contract, section 2):
+
+    redelivered by the broker                          nothing changes
+    a new message, and the attempt is still pending    nothing changes
+    a new message, and the attempt has been executed   the upstream does not count: it becomes the
+                                                       next attempt, highest retry_count + 1
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Collection, Sequence
+from datetime import timedelta
+
+import structlog
+
+from retry_scheduler.agenda import Agenda
+from retry_scheduler.backoff import BackoffPolicy, delay_asked_for, delay_before_retry
+from retry_scheduler.broker.intake_link import Delivery, IntakeLink
+from retry_scheduler.broker.properties import text_headers
+from retry_scheduler.errors import DataRefused, MalformedRequest, Unavailable
+from retry_scheduler.messages import RetryRequest, parse_request, storable_text
+from retry_scheduler.observability import logs
+from retry_scheduler.observability.metrics import Metrics
+from retry_scheduler.repository import Attempt, Malformed, Repository, Stored
+
+log = structlog.get_logger()
+
+# While PostgreSQL is away: soon enough to be back within a second, seldom enough to cost nothing.
+FIRST_PAUSE_S = 0.1
+LAST_PAUSE_S = 1.0
+
+# W3C trace context allows 512 characters of tracestate at least; longer ones may be dropped.
+TRACE_HEADERS = ("traceparent", "tracestate")
+TRACE_HEADER_MAX_CHARACTERS = 1024
+
+RETRY_COUNT_MAX = 2**31 - 1
+REASON_MAX_BYTES = 1024
+
+
+class Consumer:
+    """Stores whatever the intake link receives."""
+
+    def __init__(
+        self,
+        intake: IntakeLink,
+        repository: Repository,
+        agenda: Agenda,
+        metrics: Metrics,
+        *,
+        policy: BackoffPolicy,
+        own_queues: Collection[str],
+        default_max_retries: int,
+        on_malformed: Callable[[], None],
+    ) -> None:
+        """on_malformed: called when something was quarantined and waits for manual review."""
+        self._intake = intake
+        self._repository = repository
+        self._agenda = agenda
+        self._metrics = metrics
+        self._policy = policy
+        self._own_queues = frozenset(own_queues)
+        self._default_max_retries = default_max_retries
+        self._on_malformed = on_malformed
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set, then ask for no more and store what had been sent to us before."""
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            while not stop.is_set():
+                taking = asyncio.ensure_future(self._intake.take())
+                await asyncio.wait((taking, stopping), return_when=asyncio.FIRST_COMPLETED)
+                if not taking.done():
+                    taking.cancel()
+                    await asyncio.gather(taking, return_exceptions=True)
+                    break
+                await self._persist(taking.result())
+        finally:
+            stopping.cancel()
+        await self._intake.stop_consuming()
+        while batch := self._intake.take_arrived():
+            await self._persist(batch)
+
+    async def run_once(self, batch: Sequence[Delivery]) -> None:
+        """Store one batch and acknowledge it. Raises Unavailable; then nothing was acknowledged."""
+        candidates: list[_Candidate] = []
+        malformed: list[Malformed] = []
+        for delivery in batch:
+            try:
+                candidates.append(_Candidate(self._read(delivery), delivery))
+            except MalformedRequest as problem:
+                malformed.append(_malformed(delivery, problem))
+            except Exception:  # a bug of ours in reading must not stop the other messages
+                log.exception("Cannot read a request", body_bytes=len(delivery.body))
+                malformed.append(
+                    _malformed(delivery, MalformedRequest("body", "cannot be read (see the log)"))
+                )
+        malformed += await self._store(candidates)
+        if malformed:
+            await self._quarantine(malformed)
+        self._intake.acknowledge(batch)
+
+    async def _persist(self, batch: Sequence[Delivery]) -> None:
+        """Store one batch, however long PostgreSQL is away: it is in the broker's hands until then."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                return await self.run_once(batch)
+            except Unavailable as problem:
+                log.error(logs.SAVE_FAILED, messages=len(batch), error=str(problem))
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LAST_PAUSE_S)
+
+    def _read(self, delivery: Delivery) -> RetryRequest:
+        request = parse_request(
+            delivery.body, own_queues=self._own_queues, default_max_retries=self._default_max_retries
+        )
+        if b"trace" in delivery.properties:
+            trace = text_headers(delivery.properties, TRACE_HEADERS)
+            request.traceparent = _short(trace.get("traceparent"))
+            request.tracestate = _short(trace.get("tracestate"))
+        return request
+
+    def _delay(self, request: RetryRequest) -> timedelta:
+        if request.retry_count >= request.max_retries:
+            return timedelta(0)  # exhausted: waiting helps nobody
+        if request.retry_after_ms is not None:
+            return delay_asked_for(request.retry_after_ms)
+        return delay_before_retry(request.retry_count, self._policy, random.random())
+
+    async def _store(self, candidates: Sequence["_Candidate"]) -> list[Malformed]:
+        """Store all, repeated attempts by the rules above. Return those that cannot be stored."""
+        refused: list[Malformed] = []
+        waiting = list(candidates)
+        while waiting:
+            # Each attempt once in a statement; its repetitions see in the next round what became of it.
+            first: dict[Attempt, _Candidate] = {}
+            for candidate in waiting:
+                first.setdefault(candidate.request.attempt, candidate)
+            later = [c for c in waiting if first[c.request.attempt] is not c]
+            stored, unstorable = await self._insert(list(first.values()))
+            self._report(first, stored)
+            refused += [_malformed(candidate.delivery, problem) for candidate, problem in unstorable.items()]
+            repeated = [
+                candidate
+                for attempt, candidate in first.items()
+                if attempt not in stored and candidate not in unstorable
+            ]
+            onward, at_the_end = await self._next_attempts(repeated)
+            refused += at_the_end
+            waiting = onward + later
+        return refused
+
+    async def _insert(
+        self, candidates: Sequence["_Candidate"]
+    ) -> tuple[dict[Attempt, Stored], dict["_Candidate", MalformedRequest]]:
+        """Store attempts, and find by halving the ones that PostgreSQL refuses."""
+        requests = [candidate.request for candidate in candidates]
+        try:
+            return await self._repository.store(requests, [self._delay(request) for request in requests]), {}
+        except DataRefused as problem:
+            if len(candidates) == 1:
+                return {}, {candidates[0]: MalformedRequest("body", str(problem))}
+        middle = len(candidates) // 2
+        stored, refused = await self._insert(candidates[:middle])
+        more_stored, more_refused = await self._insert(candidates[middle:])
+        return stored | more_stored, refused | more_refused
+
+    async def _next_attempts(
+        self, repeated: Sequence["_Candidate"]
+    ) -> tuple[list["_Candidate"], list[Malformed]]:
+        """Return what must be stored as the next attempt, and what has no next; the rest is only counted."""
+        if not repeated:
+            return [], []
+        states = await self._repository.attempt_states([candidate.told for candidate in repeated])
+        onward: list[_Candidate] = []
+        at_the_end: list[Malformed] = []
+        for candidate in repeated:
+            state = states.get(candidate.told)
+            if state is None:  # archived or deleted a moment ago: then it is new after all
+                onward.append(candidate)
+            elif candidate.delivery.redelivered or state.status == "pending":
+                self._metrics.duplicate("ignored")
+                log.info(
+                    logs.DUPLICATE_IGNORED,
+                    **_fields(candidate.request),
+                    status=state.status,
+                    redelivered=candidate.delivery.redelivered,
+                )
+            elif state.highest >= RETRY_COUNT_MAX:
+                problem = MalformedRequest("retry_count", "repeats the highest attempt that can be counted")
+                at_the_end.append(_malformed(candidate.delivery, problem))
+            else:
+                # Another instance may take the same number first: then this is asked again from the start.
+                candidate.request.retry_count = state.highest + 1
+                onward.append(candidate)
+        return onward, at_the_end
+
+    def _report(self, first: dict[Attempt, "_Candidate"], stored: dict[Attempt, Stored]) -> None:
+        for attempt, entry in stored.items():
+            candidate = first[attempt]
+            if candidate.told != attempt:
+                self._metrics.duplicate("stored_as_next")
+            self._metrics.scheduled(candidate.request.original_queue)
+            log.info(
+                logs.RETRY_SCHEDULED,
+                **_fields(candidate.request),
+                next_retry_at=entry.next_retry_at.isoformat(),
+            )
+        self._agenda.expect(entry.due_in_s for entry in stored.values())
+
+    async def _quarantine(self, malformed: Sequence[Malformed]) -> None:
+        for field in await self._repository.quarantine(malformed):
+            self._metrics.quarantined(field)
+        for item in malformed:
+            log.warning(logs.QUARANTINED, field=item.field, reason=item.reason, body_bytes=len(item.raw_body))
+        self._on_malformed()
+
+
+class _Candidate:
+    """A request on its way into the table. told: the attempt as the upstream counted it."""
+
+    __slots__ = ("delivery", "request", "told")
+
+    def __init__(self, request: RetryRequest, delivery: Delivery) -> None:
+        self.request = request
+        self.delivery = delivery
+        self.told = request.attempt
+
+
+def _malformed(delivery: Delivery, problem: MalformedRequest) -> Malformed:
+    reason = storable_text(str(problem), REASON_MAX_BYTES)
+    return Malformed(problem.field, reason, delivery.body, delivery.properties, delivery.redelivered)
+
+
+def _short(header: str | None) -> str | None:
+    return header if header and len(header) <= TRACE_HEADER_MAX_CHARACTERS and "\0" not in header else None
+
+
+def _fields(request: RetryRequest) -> dict[str, object]:
+    return {
+        "message_id": request.message_id,
+        "original_queue": request.original_queue,
+        "retry_count": request.retry_count,
+        "error_reason": request.error_reason,
+    }

@@ -1,0 +1,179 @@
+"""Speaks to PostgreSQL: one pool, a deadline on every call, and errors sorted by what to do about them.
+
+Keeps out of what the statements mean: that is `repository`. No asyncpg exception leaves this module.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+
+from retry_scheduler.errors import DataRefused, Unavailable
+from retry_scheduler.sql import query
+
+SERVER = "PostgreSQL"
+
+# A statement of ours takes milliseconds. Longer on the server than by the client's deadline would
+# leave statements running that nobody waits for.
+STATEMENT_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = STATEMENT_TIMEOUT_S + 1.0
+ACQUIRE_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S = 5.0
+# /health promises an answer within 2 s, whatever hangs.
+PROBE_TIMEOUT_S = 1.5
+
+SESSION = {
+    "application_name": "retry-scheduler",
+    "statement_timeout": f"{STATEMENT_TIMEOUT_S:.0f}s",
+    "lock_timeout": "2s",
+    "idle_in_transaction_session_timeout": "10s",
+    # An acknowledged message must survive a crash, whatever the server's default is.
+    "synchronous_commit": "on",
+    "timezone": "UTC",
+    # Our statements are short; compiling them costs more than running them.
+    "jit": "off",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseAddress:
+    """Where PostgreSQL is and how to log in. `tls` means encrypted and verified, or not at all."""
+
+    host: str
+    port: int
+    database: str
+    user: str
+    password: str | None
+    tls: bool
+
+
+class _Connection(asyncpg.Connection):
+    """Skips the reset at release, a round trip for each statement: we never change a session's state."""
+
+    def get_reset_query(self) -> str:
+        return ""
+
+
+class Database:
+    """A pool of connections. `open` may be called again after `Unavailable`; `close` may be called twice."""
+
+    def __init__(self, address: DatabaseAddress, *, pool_min: int, pool_max: int) -> None:
+        self._address = address
+        self._pool_min = pool_min
+        self._pool_max = pool_max
+        self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+
+    async def open(self) -> None:
+        """Connect POSTGRES_POOL_MIN times. Raises Unavailable if the server is away or refuses the login."""
+        with _sorted_errors():
+            async with asyncio.timeout(2 * CONNECT_TIMEOUT_S):
+                self._pool = await asyncpg.create_pool(
+                    **self._connect_arguments(),
+                    min_size=self._pool_min,
+                    max_size=self._pool_max,
+                    connection_class=_Connection,
+                )
+
+    async def close(self) -> None:
+        """Close every connection; cut those that do not end within two seconds."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        try:
+            async with asyncio.timeout(2):
+                await pool.close()
+        except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            pool.terminate()
+
+    async def fetch(self, name: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Run the statement `name` of queries.sql and return its rows.
+
+        Raises Unavailable (wait and repeat) or DataRefused (repeating cannot help).
+        """
+        with _sorted_errors():
+            async with self._connection(acquire_s=ACQUIRE_TIMEOUT_S, use_s=CALL_TIMEOUT_S) as connection:
+                return await connection.fetch(query(name), *arguments)
+
+    async def probe(self) -> None:
+        """Return if the server takes our writes now. Raises Unavailable within PROBE_TIMEOUT_S."""
+        with _sorted_errors():
+            async with (
+                asyncio.timeout(PROBE_TIMEOUT_S),
+                self._connection(acquire_s=PROBE_TIMEOUT_S, use_s=PROBE_TIMEOUT_S) as connection,
+            ):
+                writable = await connection.fetchval(query("server_state"))
+        if not writable:
+            raise Unavailable(SERVER, "takes no writes: it is a standby or set to read only")
+
+    @asynccontextmanager
+    async def _connection(self, *, acquire_s: float, use_s: float) -> AsyncIterator[asyncpg.Connection]:
+        """Lend a connection of the pool; cut it if it does not answer in time."""
+        pool = self._pool
+        if pool is None:
+            raise Unavailable(SERVER, "not connected yet")
+        connection = await pool.acquire(timeout=acquire_s)
+        try:
+            async with asyncio.timeout(use_s):
+                yield connection
+        except (TimeoutError, asyncio.CancelledError):
+            # Giving it back would wait until the server has cancelled the statement, and a frozen
+            # server never does.
+            connection.terminate()
+            raise
+        finally:
+            await pool.release(connection)
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[asyncpg.Connection]:
+        """Lend one connection of its own outside the pool, for migrations and checks. Raises Unavailable."""
+        with _sorted_errors():
+            connection = await asyncpg.connect(**self._connect_arguments())
+        try:
+            with _sorted_errors():
+                yield connection
+        finally:
+            connection.terminate()
+
+    def _connect_arguments(self) -> dict[str, Any]:
+        address = self._address
+        return {
+            "host": address.host,
+            "port": address.port,
+            "database": address.database,
+            "user": address.user,
+            "password": address.password,
+            # asyncpg's own default, "prefer", would fall back to plain text without a word.
+            "ssl": ssl.create_default_context() if address.tls else False,
+            "timeout": CONNECT_TIMEOUT_S,
+            "server_settings": SESSION,
+        }
+
+
+@contextmanager
+def _sorted_errors() -> Iterator[None]:
+    """Turn whatever the driver raises into the one of our errors that says what to do."""
+    try:
+        yield
+    except asyncpg.PostgresError as error:
+        sqlstate = error.sqlstate or "unknown"
+        if sqlstate[:2] in ("22", "23"):
+            raise DataRefused(_first_line(error), sqlstate=sqlstate) from error
+        raise Unavailable(SERVER, f"{_first_line(error)} (SQLSTATE {sqlstate})") from error
+    except asyncpg.InterfaceError as error:
+        if isinstance(error, ValueError):  # a value that the driver cannot encode
+            raise DataRefused(_first_line(error), sqlstate="client") from error
+        raise Unavailable(SERVER, _first_line(error)) from error
+    except TimeoutError as error:
+        raise Unavailable(SERVER, "no answer in time") from error
+    except OSError as error:
+        raise Unavailable(SERVER, error.strerror or str(error) or type(error).__name__) from error
+
+
+def _first_line(error: BaseException) -> str:
+    # Later lines may hold the row's values, which do not belong in a log.
+    lines: Sequence[str] = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

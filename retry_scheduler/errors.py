@@ -1,0 +1,76 @@
+"""Every error this package raises on purpose, grouped by what its catcher should do.
+
+A driver's exception (asyncpg, pika, pydantic) stops in the module that called the driver.
+
+    RetrySchedulerError
+    |-- Unavailable          wait and try again; nothing was lost
+    |-- DataRefused          one row of this batch cannot be stored; find it and set it aside
+    |-- MalformedRequest     this message can never become an attempt; quarantine it
+    |-- BadSettings          tell the operator every wrong setting and leave with 78
+    |-- UnusableSchema       tell the operator what the database lacks and leave with 78
+    `-- PortTaken            tell the operator which port and leave with 78
+"""
+
+from collections.abc import Sequence
+
+
+class RetrySchedulerError(Exception):
+    """Anything this package raises on purpose."""
+
+
+class Unavailable(RetrySchedulerError):
+    """A server is away or does not answer in time. Wait and try again; nothing was lost.
+
+    server: "PostgreSQL" or "RabbitMQ".
+    """
+
+    def __init__(self, server: str, problem: str) -> None:
+        super().__init__(f"{server}: {problem}")
+        self.server = server
+        self.problem = problem
+
+
+class DataRefused(RetrySchedulerError):
+    """PostgreSQL refuses a value (SQLSTATE class 22 or 23). Repeating the statement cannot help.
+
+    sqlstate: the five characters of the SQLSTATE, or "client" where the driver could not encode the value.
+    """
+
+    def __init__(self, problem: str, *, sqlstate: str) -> None:
+        super().__init__(f"PostgreSQL refuses a value: {problem} (SQLSTATE {sqlstate})")
+        self.sqlstate = sqlstate
+
+
+class MalformedRequest(RetrySchedulerError):
+    """This message can never become an attempt. Set it aside; do not requeue it.
+
+    field: the first field that breaks a rule, or "body" where the JSON as a whole does.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class BadSettings(RetrySchedulerError):
+    """Settings are wrong. The program cannot start.
+
+    problems: one line for each wrong setting, each beginning with its name.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+class UnusableSchema(RetrySchedulerError):
+    """The database's tables are not what this program needs and it may not change them."""
+
+
+class PortTaken(RetrySchedulerError):
+    """A listener's port cannot be bound."""
+
+    def __init__(self, setting: str, address: str, cause: OSError) -> None:
+        super().__init__(
+            f"{setting}: cannot listen on {address}: {cause.strerror or cause}. Free it or set {setting}."
+        )

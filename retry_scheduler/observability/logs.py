@@ -1,0 +1,196 @@
+"""The log: one JSON object a line on standard output, one fixed sentence for each event.
+
+The sentences below are a contract: operators search for them (runbook, "Log Analysis"). Values go
+into fields, never into the sentence. No payload and no secret is ever handed to a logger.
+
+Lines are written together, once for each turn of the event loop, by a thread of their own: a
+reader that stops reading must not stop retries. If it stays away, the oldest waiting lines are
+dropped and counted.
+"""
+
+import logging
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping, MutableMapping
+from typing import Any, BinaryIO
+
+import msgspec
+import structlog
+
+RETRY_SCHEDULED = "Retry scheduled"
+RETRY_EXECUTED = "Retry executed successfully"
+RETRY_NOT_DELIVERED = "Retry not delivered - will be tried again"
+RETRY_OVERTAKEN = "Retry settled by another instance"
+EXHAUSTED = "Max retries exceeded - moved to manual review"
+UNDELIVERABLE = "Retry undeliverable - moved to manual review"
+DUPLICATE_IGNORED = "Duplicate request ignored"
+QUARANTINED = "Malformed request quarantined"
+QUARANTINE_DELIVERED = "Malformed request moved to manual review"
+SAVE_FAILED = "Failed to save retry task"
+QUARANTINE_CLAIM_FAILED = "Failed to get quarantined messages"
+CLAIM_FAILED = "Failed to get due retry tasks"
+SETTLE_FAILED = "Failed to settle retry tasks"
+CONSUMER_FAILED = "Failed to start RabbitMQ consumer"
+RABBITMQ_FAILED = "Failed to connect to RabbitMQ"
+INSTANCE_BURIED = "An instance has stopped beating - its claimed retries are taken over"
+POSTGRES_FAILED = "PostgreSQL health check failed"
+
+# At most this many lines wait for a reader that has stopped reading: about 20 MB.
+_MAX_WAITING = 50_000
+# A stranger's text must not make a line that no collector takes: 16 KiB is a common limit, and
+# escaping may make each character six bytes. Tracebacks are our own and may be longer.
+_MAX_TEXT = 1024
+_MAX_TRACEBACK = 8 * 1024
+
+
+class LineWriter:
+    """Writes lines to a stream from a thread of its own; `write` never waits."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._waiting: deque[bytes] = deque(maxlen=_MAX_WAITING)
+        self._wake = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="log writer", daemon=True)
+        self._thread.start()
+
+    def write(self, line: bytes) -> None:
+        """Hand over one line, without its end."""
+        self._waiting.append(line)
+        if not self._wake.is_set():
+            self._idle.clear()
+            self._wake.set()
+
+    def flush(self, timeout_s: float = 1.0) -> None:
+        """Wait until everything is written, at most `timeout_s`."""
+        self._idle.wait(timeout_s)
+
+    def _work(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            lines = []
+            while self._waiting:
+                lines.append(self._waiting.popleft())
+            if lines:
+                try:
+                    self._stream.write(b"\n".join(lines) + b"\n")
+                    self._stream.flush()
+                except (OSError, ValueError):  # the reader has gone; retries go on without a log
+                    pass
+            if not self._waiting and not self._wake.is_set():
+                self._idle.set()
+
+
+_writer: LineWriter | None = None
+
+
+def set_up_logs(level: str, *, service: str, stream: BinaryIO | None = None) -> None:
+    """Send structlog's and the standard library's events to `stream` as JSON lines.
+
+    level: least severe level that is logged. stream: standard output unless given. Libraries are
+    heard from WARNING on, unless level is DEBUG.
+    """
+    global _writer  # noqa: PLW0603  one process has one standard output
+    _writer = writer = LineWriter(stream or sys.stdout.buffer)
+    shared = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, _Renderer(service)],  # type: ignore[list-item]  # returns bytes for the writer
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level)),
+        logger_factory=lambda *_: _LineLogger(writer),
+        cache_logger_on_first_use=False,
+    )
+    handler = _StandardHandler(writer, _Renderer(service))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if level == "DEBUG" else max(logging.WARNING, getattr(logging, level)))
+    # Both drivers report a server that is away with a traceback at each try. We do so in one line.
+    for driver in ("pika", "asyncpg"):
+        logging.getLogger(driver).setLevel(logging.DEBUG if level == "DEBUG" else logging.CRITICAL)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+
+
+def flush_logs() -> None:
+    """Wait a moment until what was logged is written: the last thing a process does."""
+    if _writer is not None:
+        _writer.flush()
+
+
+class _LineLogger:
+    """What structlog calls at the end of its chain."""
+
+    def __init__(self, writer: LineWriter) -> None:
+        self._write = writer.write
+
+    def msg(self, line: bytes) -> None:
+        self._write(line)
+
+    debug = info = warning = error = critical = exception = log = msg
+
+
+class _Renderer:
+    """Turns an event into one line of JSON that no message text can break."""
+
+    def __init__(self, service: str) -> None:
+        self._encode = msgspec.json.Encoder(enc_hook=str).encode
+        self._service = service
+
+    def __call__(self, _: Any, __: str, event: MutableMapping[str, Any]) -> bytes:
+        line: dict[str, Any] = {
+            "timestamp": event.pop("timestamp"),
+            "level": event.pop("level").upper(),
+            "message": event.pop("event"),
+            "service": self._service,
+        }
+        for name, value in event.items():
+            line[name] = _bounded(value, _MAX_TRACEBACK if name == "exception" else _MAX_TEXT)
+        try:
+            return self._encode(line)
+        except UnicodeEncodeError:  # half an emoji, cut off by somebody's program
+            return self._encode({name: _encodable(value) for name, value in line.items()})
+
+
+class _StandardHandler(logging.Handler):
+    """Takes what libraries log through the standard library."""
+
+    def __init__(self, writer: LineWriter, render: _Renderer) -> None:
+        super().__init__()
+        self._writer = writer
+        self._render = render
+        self._formatter = logging.Formatter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            event: dict[str, Any] = {
+                "event": record.getMessage(),
+                "level": record.levelname,
+                "logger": record.name,
+            }
+            if record.exc_info:
+                event["exception"] = self._formatter.formatException(record.exc_info)
+            stamped = structlog.processors.TimeStamper(fmt="iso", utc=True)(None, "", event)
+            self._writer.write(self._render(None, "", dict(stamped)))
+        except Exception:
+            self.handleError(record)
+
+
+def _bounded(value: Any, most: int) -> Any:
+    return value[:most] + "..." if isinstance(value, str) and len(value) > most else value
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+
+def instance_name(environment: Mapping[str, str] | None = None) -> str:
+    """Return a name that tells this process from others: host and process id."""
+    host = (environment or os.environ).get("HOSTNAME") or os.uname().nodename
+    return f"{host}:{os.getpid()}"

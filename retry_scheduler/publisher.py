@@ -1,0 +1,141 @@
+"""Builds what goes out and sends it: retries to their original queues, the rest to manual review.
+
+Section 3 of the contract is here. Which of the two ways a message takes is the scheduler's decision.
+"""
+
+import base64
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from retry_scheduler.broker.confirms import Outcome
+from retry_scheduler.broker.properties import encode_properties
+from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.messages import ERROR_REASON_MAX_BYTES, ClaimedQuarantine, ClaimedRetry, storable_text
+
+# RabbitMQ 4 takes messages of up to 16 MiB unless told otherwise, and base64 adds a third. A
+# well-formed request has passed this limit already; malformed input has not been encoded before.
+QUARANTINE_COPY_MAX_BYTES = 11 * 1024 * 1024
+
+_encode_json = msgspec.json.Encoder().encode
+
+
+def retry_publication(task: ClaimedRetry) -> Publication:
+    """Return the message that goes back to the original queue. Raises ValueError if its payload is gone."""
+    if task.payload is None:
+        raise ValueError("the payload has been deleted")
+    headers: dict[str, str | int] = {
+        "x-retry-count": task.retry_count + 1,
+        RETRY_ID: task.retry_id,
+        "x-retry-scheduler": "true",
+    }
+    if task.error_reason is not None:
+        headers["x-original-error"] = storable_text(task.error_reason, ERROR_REASON_MAX_BYTES)
+    if task.traceparent is not None:
+        headers["traceparent"] = task.traceparent
+    if task.tracestate is not None:
+        headers["tracestate"] = task.tracestate
+    return Publication(
+        task.original_queue,
+        key=task.retry_id,
+        properties=encode_properties(headers, message_id=task.message_id),
+        body=task.payload,
+    )
+
+
+def review_publication(task: ClaimedRetry, reason: str, queue: str) -> Publication:
+    """Return the message that tells people about an attempt that ends here.
+
+    reason: exhausted, unroutable, unpublishable or denied.
+    """
+    headers: dict[str, str | int] = {
+        "x-original-queue": task.original_queue,
+        RETRY_ID: task.retry_id,
+        "x-review-reason": reason,
+    }
+    if reason == "exhausted":
+        headers["x-max-retries-exceeded"] = "true"
+    if task.traceparent is not None:
+        headers["traceparent"] = task.traceparent
+    body = {
+        "message_id": task.message_id,
+        "original_queue": task.original_queue,
+        "original_payload": None if task.payload is None else base64.b64encode(task.payload).decode(),
+        "error_reason": task.error_reason,
+        "retry_count": task.retry_count,
+        "max_retries": task.max_retries,
+        "failed_at": datetime.now(UTC).isoformat(),
+        "reason": reason,
+    }
+    return Publication(
+        queue,
+        key=task.retry_id,
+        properties=encode_properties(headers, message_id=task.message_id, content_type="application/json"),
+        body=_encode_json(body),
+    )
+
+
+def quarantine_publication(kept: ClaimedQuarantine, queue: str) -> Publication:
+    """Return the message that tells people about malformed input. Its payload is the whole input, base64.
+
+    Input above QUARANTINE_COPY_MAX_BYTES stays in the table; quarantine_id tells where.
+    """
+    small = len(kept.raw_body) <= QUARANTINE_COPY_MAX_BYTES
+    body = {
+        "message_id": None,
+        "original_queue": None,
+        "original_payload": base64.b64encode(kept.raw_body).decode() if small else None,
+        "error_reason": kept.reason,
+        "retry_count": None,
+        "max_retries": None,
+        "failed_at": kept.received_at,
+        "reason": "malformed",
+        "quarantine_id": kept.id,
+    }
+    headers: dict[str, str | int] = {RETRY_ID: kept.retry_id, "x-review-reason": "malformed"}
+    return Publication(
+        queue,
+        key=kept.retry_id,
+        properties=encode_properties(headers, content_type="application/json"),
+        body=_encode_json(body),
+    )
+
+
+class Publisher:
+    """Sends attempts and quarantined input, and returns what became of each."""
+
+    def __init__(self, link: PublishLink, *, manual_review_queue: str) -> None:
+        self._link = link
+        self._review_queue = manual_review_queue
+
+    async def publish(self, tasks: Sequence[ClaimedRetry], reasons: Sequence[str | None]) -> list[Outcome]:
+        """Send each attempt to manual review where it has a reason to, otherwise back to its queue.
+
+        Returns the outcomes in order. UNSENDABLE: no message can be made of it.
+        """
+        return await self._send(
+            [self._build(task, reason) for task, reason in zip(tasks, reasons, strict=True)]
+        )
+
+    async def publish_quarantined(self, kept: Sequence[ClaimedQuarantine]) -> list[Outcome]:
+        """Send malformed input to manual review and return the outcomes in order."""
+        return await self._send([quarantine_publication(item, self._review_queue) for item in kept])
+
+    async def restore_queues(self) -> None:
+        """Create the manual review queue again, which seems to have been deleted. Raises Unavailable."""
+        await self._link.restore_queues()
+
+    def _build(self, task: ClaimedRetry, reason: str | None) -> Publication | None:
+        try:
+            return (
+                retry_publication(task)
+                if reason is None
+                else review_publication(task, reason, self._review_queue)
+            )
+        except ValueError:
+            return None
+
+    async def _send(self, publications: Sequence[Publication | None]) -> list[Outcome]:
+        outcomes = iter(await self._link.publish([built for built in publications if built is not None]))
+        return [Outcome.UNSENDABLE if built is None else next(outcomes) for built in publications]

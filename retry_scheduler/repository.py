@@ -1,0 +1,228 @@
+"""What the service asks of PostgreSQL, in its own words: store, claim, settle, give back, look.
+
+The statements are in sql/queries.sql. A claim is a lease with a fence: `claims` rises with every
+claim, and settling names it, so that an instance that was overtaken changes nothing. Every method
+may be repeated after Unavailable; none keeps state.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from uuid import UUID
+
+import msgspec
+
+from retry_scheduler.database import Database
+from retry_scheduler.errors import Unavailable
+from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry, RetryRequest
+
+Attempt = tuple[str, int]
+
+
+class Stored(msgspec.Struct):
+    """An attempt newly stored. due_in_s: seconds from the answer, by the database's clock."""
+
+    next_retry_at: datetime
+    due_in_s: float
+
+
+class AttemptState(msgspec.Struct):
+    """How a stored attempt stands. highest: the highest retry_count stored for its message."""
+
+    status: str
+    highest: int
+
+
+class Malformed(msgspec.Struct):
+    """Input to be kept as it came, and why it cannot become an attempt."""
+
+    field: str
+    reason: str
+    raw_body: bytes
+    raw_properties: bytes
+    redelivered: bool
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """On what terms rows are claimed.
+
+    owner: the claiming instance. lasts: until others may take the row although the owner is in the
+    register. limit_rows, limit_bytes: at least one row comes whatever its size, then as many as fit.
+    """
+
+    owner: UUID
+    lasts: timedelta
+    limit_rows: int
+    limit_bytes: int
+
+
+class Settlement(msgspec.Struct):
+    """A claimed row whose publication was confirmed. status: "retried" or "failed"."""
+
+    id: int
+    claims: int
+    status: str
+    note: str | None = None
+
+
+class Release(msgspec.Struct):
+    """A claimed row that goes back. delay: None keeps the due time, as for a row that was never sent."""
+
+    id: int
+    claims: int
+    failures: int = 0
+    error: str | None = None
+    delay: timedelta | None = None
+
+
+class Sighting(msgspec.Struct):
+    """What `beat` saw. beats: of the other instances. coming_s: due times, seconds from now, ascending."""
+
+    beats: dict[UUID, int]
+    due_now: bool
+    quarantined: bool
+    coming_s: list[float]
+
+
+class Repository:
+    """Every method raises Unavailable if PostgreSQL cannot answer, and DataRefused if it refuses a value."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def store(
+        self, requests: Sequence[RetryRequest], delays: Sequence[timedelta]
+    ) -> dict[Attempt, Stored]:
+        """Store attempts in one statement and return those that were not stored before.
+
+        requests: each attempt once. delays: for each, how long until it is due.
+        """
+        rows = await self._database.fetch(
+            "store_requests",
+            [request.message_id for request in requests],
+            [request.retry_count for request in requests],
+            [request.max_retries for request in requests],
+            [request.original_queue for request in requests],
+            [request.error_reason for request in requests],
+            delays,
+            [request.payload for request in requests],
+            [request.traceparent for request in requests],
+            [request.tracestate for request in requests],
+        )
+        return {
+            (str(message_id), retry_count): Stored(next_retry_at, due_in)
+            for message_id, retry_count, next_retry_at, due_in in rows
+        }
+
+    async def attempt_states(self, attempts: Sequence[Attempt]) -> dict[Attempt, AttemptState]:
+        """Return how those of `attempts` stand that are stored."""
+        rows = await self._database.fetch(
+            "attempt_states", [attempt[0] for attempt in attempts], [attempt[1] for attempt in attempts]
+        )
+        return {
+            (str(message_id), retry_count): AttemptState(status, highest)
+            for message_id, retry_count, status, highest in rows
+        }
+
+    async def quarantine(self, malformed: Sequence[Malformed]) -> list[str]:
+        """Keep malformed input, and return the wrong field of each that was not kept before."""
+        rows = await self._database.fetch(
+            "store_quarantined",
+            [sha256(item.raw_body).digest() for item in malformed],
+            [item.field for item in malformed],
+            [item.reason for item in malformed],
+            [item.raw_body for item in malformed],
+            [item.raw_properties for item in malformed],
+            [item.redelivered for item in malformed],
+        )
+        return [row[0] for row in rows]
+
+    async def claim_due(self, lease: Lease) -> list[ClaimedRetry]:
+        """Borrow due attempts, the oldest ones, in no promised order; perhaps none."""
+        rows = await self._database.fetch("claim_due", *_claim_arguments(lease))
+        return [ClaimedRetry(row[0], row[1], str(row[2]), *row[3:]) for row in map(tuple, rows)]
+
+    async def complete(self, settlements: Sequence[Settlement]) -> set[int]:
+        """Settle rows for good, and return the ids of those that were still ours."""
+        rows = await self._database.fetch(
+            "complete",
+            [done.id for done in settlements],
+            [done.claims for done in settlements],
+            [done.status for done in settlements],
+            [done.note for done in settlements],
+        )
+        return {row[0] for row in rows}
+
+    async def release(self, releases: Sequence[Release]) -> list[float]:
+        """Give rows back, and return in how many seconds each is due. Those no longer ours are left alone."""
+        return [row["due_in"] for row in await self._database.fetch("release", *_release_arguments(releases))]
+
+    async def claim_quarantined(self, lease: Lease) -> list[ClaimedQuarantine]:
+        """Borrow quarantined messages that manual review has not got yet; perhaps none."""
+        rows = await self._database.fetch("claim_quarantined", *_claim_arguments(lease))
+        return [
+            ClaimedQuarantine(
+                row["id"],
+                row["claims"],
+                row["field"],
+                row["reason"],
+                row["raw_body"],
+                row["received_at"].astimezone(UTC).isoformat(),
+                row["publish_failures"],
+            )
+            for row in rows
+        ]
+
+    async def complete_quarantined(self, settlements: Sequence[Settlement]) -> set[int]:
+        """Note that manual review has got them, and return the ids of those that were still ours."""
+        rows = await self._database.fetch(
+            "complete_quarantined", [done.id for done in settlements], [done.claims for done in settlements]
+        )
+        return {row[0] for row in rows}
+
+    async def release_quarantined(self, releases: Sequence[Release]) -> None:
+        """Give quarantined messages back."""
+        await self._database.fetch("release_quarantined", *_release_arguments(releases))
+
+    async def join_instances(self, owner: UUID, name: str) -> None:
+        """Enter an instance in the register."""
+        await self._database.fetch("join_instances", owner, name)
+
+    async def leave_instances(self, owner: UUID) -> None:
+        """Strike an instance off the register, which ends its leases."""
+        await self._database.fetch("leave_instances", owner)
+
+    async def bury_instances(self, beats: Mapping[UUID, int]) -> list[str]:
+        """Strike off those whose beat is still the one given; return their names. It ends their leases."""
+        rows = await self._database.fetch("bury_instances", list(beats), list(beats.values()))
+        return [row["name"] for row in rows]
+
+    async def beat(self, owner: UUID, look_ahead: timedelta) -> Sighting | None:
+        """Show that `owner` is alive and look at the table. None: the register does not know `owner`."""
+        rows = await self._database.fetch("beat", owner, look_ahead)
+        if not rows:
+            return None
+        row = rows[0]
+        beats = {UUID(bytes=id_.bytes): beat for id_, beat in zip(row["ids"], row["beats"], strict=True)}
+        return Sighting(beats, row["due_now"], row["quarantined"], row["coming"])
+
+    async def queue_figures(self) -> tuple[int, float]:
+        """Return how many attempts are pending and for how many seconds the oldest due one has been."""
+        rows = await self._database.fetch("queue_figures")
+        if not rows:
+            raise Unavailable("PostgreSQL", "no answer to a count")
+        return rows[0]["depth"], rows[0]["oldest_due_s"]
+
+
+def _claim_arguments(lease: Lease) -> tuple[object, ...]:
+    return lease.limit_rows, lease.lasts, lease.owner, lease.limit_bytes
+
+
+def _release_arguments(releases: Sequence[Release]) -> tuple[list[object], ...]:
+    return (
+        [release.id for release in releases],
+        [release.claims for release in releases],
+        [release.failures for release in releases],
+        [release.error for release in releases],
+        [release.delay for release in releases],
+    )

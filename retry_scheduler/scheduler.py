@@ -1,0 +1,216 @@
+"""Claims what is due, when it is due, and keeps a bounded number of rows in hand.
+
+    asleep until the next due time (at most the poll interval) -> claim -> hand to the settler -> claim ...
+
+Claiming, publishing and settling overlap: while one batch waits for its confirms the next is
+claimed. MAX_IN_HAND bounds what a crash can turn into duplicates, and is the back-pressure: a slow
+broker fills the hands, and claiming waits.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+
+import structlog
+
+from retry_scheduler.agenda import HORIZON_S, Agenda
+from retry_scheduler.broker.publish_link import CONFIRM_TIMEOUT_S, PublishLink
+from retry_scheduler.database import CALL_TIMEOUT_S
+from retry_scheduler.errors import Unavailable
+from retry_scheduler.messages import ClaimedRetry
+from retry_scheduler.observability import logs
+from retry_scheduler.observability.metrics import Metrics
+from retry_scheduler.presence import BEAT_EVERY, Presence
+from retry_scheduler.repository import Lease, Repository
+from retry_scheduler.settlement import Settler
+
+log = structlog.get_logger()
+
+# Rows claimed and not settled: the most duplicates that the death of one instance can cause.
+MAX_OUTSTANDING = 512
+MAX_QUARANTINED_IN_HAND = 64
+MAX_IN_HAND = MAX_OUTSTANDING - MAX_QUARANTINED_IN_HAND
+
+# Half of what may be in hand, so that one batch is published while another is settled.
+CLAIM_ROWS = MAX_IN_HAND // 2
+CLAIM_BYTES = 16 * 1024 * 1024
+
+# Must cover the longest wait for a confirm and for the settling statement, twice over. Only a
+# fallback: the rows of an instance that has stopped beating are taken over after seconds.
+LEASE = timedelta(seconds=40)
+PUBLISH_BEFORE_S = LEASE.total_seconds() - CONFIRM_TIMEOUT_S - CALL_TIMEOUT_S
+
+FIRST_PAUSE_S = 0.1
+LAST_PAUSE_S = 1.0
+
+
+class Scheduler:
+    """The loops that make due attempts happen: claim, quarantine, beat."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        link: PublishLink,
+        settler: Settler,
+        agenda: Agenda,
+        presence: Presence,
+        metrics: Metrics,
+        *,
+        name: str,
+        poll_interval: timedelta,
+    ) -> None:
+        self._repository = repository
+        self._link = link
+        self._settler = settler
+        self._agenda = agenda
+        self._presence = presence
+        self._metrics = metrics
+        self._name = name
+        self._poll_interval_s = poll_interval.total_seconds()
+        self._in_hand = 0
+        self._deliveries: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Event()
+        self._beaten = asyncio.Event()
+        self._quarantined = asyncio.Event()
+
+    def look_at_quarantine(self) -> None:
+        """Somebody has quarantined something that manual review should get."""
+        self._quarantined.set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set and everything in hand is settled. One failing loop ends the others."""
+        async with asyncio.TaskGroup() as loops:
+            beat = loops.create_task(self._beat_for_ever(), name="beat")
+            loops.create_task(self._wake_everybody_at(stop), name="wake at stop")
+            quarantine = loops.create_task(self._deliver_quarantined(stop), name="quarantine")
+            await self._deliver_due(stop)
+            await quarantine
+            while self._deliveries:
+                await asyncio.wait(set(self._deliveries))
+            beat.cancel()
+        with suppress(Unavailable):  # otherwise the others will see the beat stand still
+            await self._repository.leave_instances(self._presence.id)
+
+    async def run_once(self) -> bool:
+        """Claim one batch and start its delivery. Returns whether more may be due. Raises Unavailable."""
+        limit_rows = min(CLAIM_ROWS, MAX_IN_HAND - self._in_hand)
+        claimed_at_s = asyncio.get_running_loop().time()
+        tasks = await self._repository.claim_due(self._lease(limit_rows))
+        if tasks:
+            self._in_hand += len(tasks)
+            delivery = asyncio.create_task(self._deliver(tasks, claimed_at_s), name="delivery")
+            self._deliveries.add(delivery)
+            delivery.add_done_callback(self._deliveries.discard)
+        size = sum(len(task.payload or b"") for task in tasks)
+        return len(tasks) == limit_rows or size > CLAIM_BYTES // 2
+
+    async def beat_once(self) -> None:
+        """Show that this instance is alive, and learn what is coming. Raises Unavailable."""
+        loop = asyncio.get_running_loop()
+        sent_at_s = loop.time()
+        presence = self._presence
+        sighting = await self._repository.beat(presence.id, timedelta(seconds=HORIZON_S))
+        if sighting is None:  # just started, or buried by another instance
+            presence.renew()
+            await self._repository.join_instances(presence.id, self._name)
+            sent_at_s = loop.time()
+            sighting = await self._repository.beat(presence.id, timedelta(seconds=HORIZON_S))
+            if sighting is None:
+                return
+        presence.beaten(sent_at_s)
+        self._beaten.set()
+        self._agenda.expect(sighting.coming_s)
+        if sighting.due_now:
+            self._agenda.expect((0.0,))
+        if sighting.quarantined:
+            self._quarantined.set()
+        presence.observe(sighting.beats, loop.time())
+        still = presence.still(loop.time())
+        if still:
+            for name in await self._repository.bury_instances(still):
+                log.warning(logs.INSTANCE_BURIED, instance=name)
+            self._agenda.expect((0.0,))
+            self._quarantined.set()
+
+    async def _deliver_due(self, stop: asyncio.Event) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not stop.is_set():
+            await self._agenda.wait(self._poll_interval_s)
+            try:
+                while not stop.is_set():
+                    await self._wait_until_claiming_makes_sense(stop)
+                    if stop.is_set() or not await self.run_once():
+                        break
+                pause_s = FIRST_PAUSE_S
+            except Unavailable as problem:
+                log.error(logs.CLAIM_FAILED, error=problem.problem)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, LAST_PAUSE_S)
+                self._agenda.expect((0.0,))  # what was due is due still
+
+    async def _wait_until_claiming_makes_sense(self, stop: asyncio.Event) -> None:
+        """Return once our leases can be trusted, the broker takes messages, and half a hand is free."""
+        while not stop.is_set() and self._presence.fenced(asyncio.get_running_loop().time()):
+            self._beaten.clear()
+            await self._beaten.wait()
+        while not stop.is_set() and not self._link.ready:
+            self._link.ready_changed.clear()
+            await self._link.ready_changed.wait()
+        while not stop.is_set() and MAX_IN_HAND - self._in_hand < CLAIM_ROWS:
+            self._room.clear()
+            await self._room.wait()
+
+    async def _deliver(self, tasks: list[ClaimedRetry], claimed_at_s: float) -> None:
+        try:
+            now_s = asyncio.get_running_loop().time()
+            if self._presence.fenced(now_s) or now_s - claimed_at_s > PUBLISH_BEFORE_S:
+                # We were frozen or cut off: others may have taken these rows by now.
+                await self._settler.give_back(tasks)
+            else:
+                await self._settler.deliver(tasks, claimed_at_s)
+        except Exception:
+            # The rows stay claimed until the lease runs out; then they are tried again.
+            log.exception("Failed to deliver a batch", rows=len(tasks))
+        finally:
+            self._in_hand -= len(tasks)
+            self._room.set()
+
+    async def _deliver_quarantined(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            await self._quarantined.wait()
+            self._quarantined.clear()
+            try:
+                while self._link.ready and not stop.is_set():
+                    kept = await self._repository.claim_quarantined(self._lease(MAX_QUARANTINED_IN_HAND))
+                    if not kept:
+                        break
+                    await self._settler.deliver_quarantined(kept)
+            except Unavailable as problem:  # a later beat will see that something waits
+                log.error(logs.QUARANTINE_CLAIM_FAILED, error=problem.problem)
+
+    async def _beat_for_ever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began_s = loop.time()
+            try:
+                await self.beat_once()
+            except Unavailable as problem:
+                self._metrics.reconnecting(problem.server)
+                log.warning(logs.POSTGRES_FAILED, error=problem.problem)
+            await asyncio.sleep(max(began_s + BEAT_EVERY.total_seconds() - loop.time(), 0.1))
+
+    async def _wake_everybody_at(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._agenda.expect((0.0,))
+        wake: tuple[Callable[[], None], ...] = (
+            self._link.ready_changed.set,
+            self._room.set,
+            self._beaten.set,
+            self._quarantined.set,
+        )
+        for each in wake:
+            each()
+
+    def _lease(self, limit_rows: int) -> Lease:
+        return Lease(self._presence.id, LEASE, limit_rows, CLAIM_BYTES)

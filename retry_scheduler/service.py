@@ -1,0 +1,305 @@
+"""Puts the parts together, starts them, and stops them in order. Nothing else opens or closes anything.
+
+start    pages first (503 until the servers are there), then PostgreSQL and its tables, then the
+         broker; each server is waited for, one warning a try
+running  consumer, scheduler and both broker links; one that dies takes the service down loudly
+stop     stop taking, store what has arrived, settle what is in hand, close; at most STOP_WITHIN_S
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+
+import structlog
+
+from retry_scheduler.agenda import Agenda
+from retry_scheduler.backoff import BackoffPolicy
+from retry_scheduler.broker.connection import SERVER as RABBITMQ
+from retry_scheduler.broker.intake_link import IntakeLink
+from retry_scheduler.broker.publish_link import PublishLink
+from retry_scheduler.consumer import Consumer
+from retry_scheduler.database import Database, DatabaseAddress
+from retry_scheduler.errors import RetrySchedulerError, Unavailable
+from retry_scheduler.http_api import build_app, build_server, listen
+from retry_scheduler.observability import logs
+from retry_scheduler.observability.metrics import Metrics, serve_metrics
+from retry_scheduler.presence import Presence
+from retry_scheduler.publisher import Publisher
+from retry_scheduler.repository import Repository
+from retry_scheduler.scheduler import Scheduler
+from retry_scheduler.schema import migrate
+from retry_scheduler.settings import Settings
+from retry_scheduler.settlement import Settler
+
+log = structlog.get_logger()
+
+# The promise is 20 s; what is left is for closing. A confirm may take 10 s of it.
+STOP_WITHIN_S = 16.0
+
+# While a server is away at the start: one warning a second tells enough.
+START_PAUSE_S = 1.0
+
+# How long Prometheus waits for a count at most, and the share of time that counting may take.
+FIGURES_TIMEOUT_S = 2.0
+FIGURES_SHARE = 0.05
+
+
+def database_address(settings: Settings) -> DatabaseAddress:
+    """Return where the settings say that PostgreSQL is."""
+    password = settings.postgres_password
+    return DatabaseAddress(
+        host=settings.postgres_host,
+        port=settings.postgres_port,
+        database=settings.postgres_db,
+        user=settings.postgres_user,
+        password=password.get_secret_value() if password else None,
+        tls=settings.postgres_ssl,
+    )
+
+
+class Service:
+    """One instance. `run` may be called once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._metrics = Metrics()
+        self._agenda = Agenda()
+        self._presence = Presence()
+        self._stop = asyncio.Event()
+        self._started = False
+        self._database = Database(
+            database_address(settings),
+            pool_min=min(settings.postgres_pool_min, settings.postgres_pool_max),
+            pool_max=settings.postgres_pool_max,
+        )
+        self._repository = Repository(self._database)
+        self._name = logs.instance_name()
+        url = settings.rabbitmq_url.get_secret_value()
+        queues = (settings.retry_queue, settings.manual_review_queue)
+        self._intake = IntakeLink(
+            url,
+            queue=settings.retry_queue,
+            queues=queues,
+            prefetch=settings.rabbitmq_prefetch,
+            name=f"{settings.service_name} consumer {self._name}",
+            on_problem=self._report_intake_problem,
+        )
+        self._link = PublishLink(
+            url,
+            queues=queues,
+            name=f"{settings.service_name} publisher {self._name}",
+            on_problem=self._report_publish_problem,
+        )
+        policy = BackoffPolicy(
+            base=timedelta(milliseconds=settings.base_delay_ms),
+            cap=timedelta(milliseconds=settings.max_delay_ms),
+            jitter=timedelta(milliseconds=settings.jitter_ms),
+        )
+        settler = Settler(
+            self._repository,
+            Publisher(self._link, manual_review_queue=settings.manual_review_queue),
+            self._agenda,
+            self._metrics,
+            policy=policy,
+            max_publish_failures=settings.max_publish_failures,
+        )
+        self._scheduler = Scheduler(
+            self._repository,
+            self._link,
+            settler,
+            self._agenda,
+            self._presence,
+            self._metrics,
+            name=self._name,
+            poll_interval=settings.poll_interval,
+        )
+        self._consumer = Consumer(
+            self._intake,
+            self._repository,
+            self._agenda,
+            self._metrics,
+            policy=policy,
+            own_queues=queues,
+            default_max_retries=settings.default_max_retries,
+            on_malformed=self._scheduler.look_at_quarantine,
+        )
+
+    def request_stop(self) -> None:
+        """Begin to stop; harmless when repeated."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Serve until `request_stop`. Raises PortTaken or UnusableSchema, or a group if a loop dies."""
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        figures = _Figures(loop, self._repository.queue_figures)
+        self._metrics.watch(service=settings.service_name, up=self._is_up, figures=figures.read)
+        with listen(settings.http_host, settings.http_port) as socket:
+            metrics_server = serve_metrics(self._metrics, host=settings.http_host, port=settings.metrics_port)
+            pages = build_server(
+                build_app(
+                    settings.service_name,
+                    {"postgresql": self._database.probe, "rabbitmq": self._check_broker},
+                    self._not_ready_because,
+                )
+            )
+            serving = asyncio.create_task(pages.serve(sockets=[socket]), name="pages")
+            log.info("Service starting", instance=self._name, http_port=settings.http_port)
+            try:
+                await self._work()
+            finally:
+                pages.should_exit = True
+                await asyncio.wait((serving,), timeout=2)
+                figures.close()
+                await asyncio.to_thread(metrics_server.shutdown)
+                metrics_server.server_close()
+                await self._database.close()
+                log.info("Service stopped")
+
+    async def _work(self) -> None:
+        stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        try:
+            await _first_of(self._open_database(), stopping)
+            if self._stop.is_set():
+                return
+            links = [
+                asyncio.create_task(self._link.run(), name="publish link"),
+                asyncio.create_task(self._intake.run(), name="intake link"),
+            ]
+            try:
+                await self._run_loops(stopping)
+            finally:
+                for task in links:
+                    task.cancel()
+                await asyncio.gather(*links, return_exceptions=True)
+        finally:
+            stopping.cancel()
+
+    async def _run_loops(self, stopping: "asyncio.Task[bool]") -> None:
+        """Run consumer and scheduler until told to stop, then give them STOP_WITHIN_S to finish."""
+        self._started = True
+        # The consumer stops first: what it stores while stopping may be due before the scheduler ends.
+        loops = asyncio.create_task(self._consume_and_schedule(), name="loops")
+        await asyncio.wait((loops, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not loops.done():
+            log.info("Service stopping")
+            await asyncio.wait((loops,), timeout=STOP_WITHIN_S)
+        if not loops.done():
+            log.warning("Stopping without settling everything: a server does not answer; leases will run out")
+            loops.cancel()
+            await asyncio.gather(loops, return_exceptions=True)
+            return
+        loops.result()
+
+    async def _consume_and_schedule(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._consumer.run(self._stop), name="consumer")
+            group.create_task(self._scheduler.run(self._stop), name="scheduler")
+
+    async def _open_database(self) -> None:
+        while True:
+            try:
+                for migration in await migrate(self._database):
+                    log.info("Database migrated", migration=migration.name)
+                await self._database.open()
+                return
+            except Unavailable as problem:
+                self._metrics.reconnecting(problem.server)
+                log.warning(logs.POSTGRES_FAILED, error=problem.problem)
+            await asyncio.sleep(START_PAUSE_S)
+
+    async def _check_broker(self) -> None:
+        if self._link.blocked:
+            raise Unavailable(
+                RABBITMQ, "blocked: the broker has a memory or disk alarm and takes no messages"
+            )
+        if not self._link.up or not self._intake.up:
+            raise Unavailable(RABBITMQ, "not connected")
+        await asyncio.gather(self._intake.round_trip(), self._link.round_trip())
+
+    def _not_ready_because(self) -> str | None:
+        if self._stop.is_set():
+            return "stopping"
+        if not self._started:
+            return "starting"
+        if self._link.blocked:
+            return "blocked"
+        return None if self._intake.up and self._link.up else "not connected to RabbitMQ"
+
+    def _is_up(self) -> bool:
+        return self._not_ready_because() is None and not self._presence.fenced(time.monotonic())
+
+    def _report_intake_problem(self, problem: Unavailable) -> None:
+        self._report_problem(problem, logs.CONSUMER_FAILED)
+
+    def _report_publish_problem(self, problem: Unavailable) -> None:
+        self._report_problem(problem, logs.RABBITMQ_FAILED)
+
+    def _report_problem(self, problem: Unavailable, event: str) -> None:
+        if not self._stop.is_set():
+            self._metrics.reconnecting(problem.server)
+            log.warning(event, error=problem.problem)
+
+
+class _Figures:
+    """Counts the queue when Prometheus asks, in the event loop, and not so often that counting costs much."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, count: Callable[[], Awaitable[tuple[int, float]]]
+    ) -> None:
+        self._loop = loop
+        self._count = count
+        self._not_before_s = 0.0
+        self._closed = False
+
+    def read(self) -> tuple[int, float] | None:
+        """Return fresh figures, or None if they cannot be had now. Called from the metrics' own thread."""
+        began_s = time.monotonic()
+        if self._closed or began_s < self._not_before_s:
+            return None
+        asking = asyncio.run_coroutine_threadsafe(self._ask(), self._loop)
+        try:
+            figures = asking.result(timeout=FIGURES_TIMEOUT_S)
+        except (TimeoutError, RetrySchedulerError):
+            asking.cancel()
+            figures = None
+        now_s = time.monotonic()
+        self._not_before_s = now_s + (now_s - began_s) / FIGURES_SHARE * (1 - FIGURES_SHARE)
+        return figures
+
+    def close(self) -> None:
+        """Answer no more: the loop is about to end."""
+        self._closed = True
+
+    async def _ask(self) -> tuple[int, float]:
+        return await self._count()
+
+
+async def _first_of(work: Awaitable[None], stopping: "asyncio.Task[bool]") -> None:
+    """Wait for `work`, or give it up when told to stop."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((task, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    if not task.cancelled():
+        task.result()
+
+
+async def serve(settings: Settings) -> None:
+    """Run one instance until SIGTERM or SIGINT; the second leaves at once. Errors as in Service.run."""
+    service = Service(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop_or_leave, service, number)
+    await service.run()
+
+
+def _stop_or_leave(service: Service, number: signal.Signals) -> None:
+    service.request_stop()
+    # A second signal finds the system's own handler, which ends the process.
+    asyncio.get_running_loop().remove_signal_handler(number)

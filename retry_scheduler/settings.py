@@ -1,0 +1,196 @@
+"""Reads the settings from the environment, checks them all, and names every wrong one at once.
+
+Read by `cli` alone and handed down; no other module looks at the environment.
+"""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from retry_scheduler.errors import BadSettings
+
+# Settings that may name a file instead, so that no secret stands in a process's environment.
+SECRETS = ("POSTGRES_PASSWORD", "RABBITMQ_URL")
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+QueueName = Annotated[str, Field(min_length=1)]
+Milliseconds = Annotated[int, Field(ge=0, le=86_400_000)]
+
+
+class Settings(BaseSettings):
+    """Every setting with its default. An environment variable has the field's name in capitals."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    service_name: str = Field("retry-scheduler", description="Name in logs and in the label of service_up")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
+        "INFO", description="Least severe level that is logged"
+    )
+    http_host: str = Field("0.0.0.0", description="Address that /health, /ready and /metrics listen on")  # noqa: S104  the contract's default; these pages tell no secret
+    http_port: Port = Field(8086, description="Port of /health and /ready")
+    metrics_port: Port = Field(9094, description="Port of /metrics")
+
+    rabbitmq_url: SecretStr = Field(
+        SecretStr("amqp://guest:guest@localhost:5672/"), description="Broker; amqps:// for TLS"
+    )
+    rabbitmq_prefetch: Annotated[int, Field(ge=1, le=65535)] = Field(
+        10, description="Most requests taken from the broker and not yet stored"
+    )
+    retry_queue: QueueName = Field("retry.scheduled", description="Queue that requests come in on")
+    manual_review_queue: QueueName = Field(
+        "manual-review.pending", description="Queue of messages for people"
+    )
+
+    postgres_host: str = Field("localhost", min_length=1, description="Database server")
+    postgres_port: Port = Field(5432, description="Its port")
+    postgres_db: str = Field("eracun", min_length=1, description="Database")
+    postgres_user: str = Field("eracun", min_length=1, description="Role")
+    postgres_password: SecretStr | None = Field(None, description="Password; unset or empty means none")
+    postgres_pool_min: Annotated[int, Field(ge=0, le=1000)] = Field(10, description="Connections kept open")
+    postgres_pool_max: Annotated[int, Field(ge=1, le=1000)] = Field(50, description="Most connections")
+    postgres_ssl: bool = Field(
+        False, description="Encrypt and verify the server; never falls back to plain text"
+    )
+
+    default_max_retries: Annotated[int, Field(ge=0, le=1000)] = Field(
+        3, description="Retries of a message whose request names no max_retries"
+    )
+    base_delay_ms: Milliseconds = Field(2000, description="Delay of the first retry; doubles with each")
+    max_delay_ms: Milliseconds = Field(60000, description="Longest delay, without jitter")
+    jitter_ms: Milliseconds = Field(1000, description="Up to this much is added to each delay, at random")
+    retry_poll_interval_ms: Annotated[int, Field(ge=1, le=3_600_000)] = Field(
+        10000,
+        description="Longest sleep between two searches for due retries; a known due time ends it sooner",
+    )
+    max_publish_failures: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        10, description="Returned or refused publications after which a message goes to manual review"
+    )
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _accept_lower_case(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("retry_queue", "manual_review_queue")
+    @classmethod
+    def _fit_a_short_string(cls, value: str) -> str:
+        if len(value.encode()) > 255:
+            raise ValueError("must be at most 255 bytes long, AMQP's limit for a queue name")
+        if value.startswith("amq."):
+            raise ValueError("must not begin with amq., which the broker reserves for itself")
+        return value
+
+    @field_validator("rabbitmq_url")
+    @classmethod
+    def _be_an_amqp_url(cls, value: SecretStr) -> SecretStr:
+        problem = _problem_of_amqp_url(value.get_secret_value())
+        if problem:
+            raise ValueError(problem)
+        return value
+
+    @model_validator(mode="after")
+    def _agree_with_each_other(self) -> Self:
+        problems = []
+        chosen = {"postgres_pool_min", "postgres_pool_max"} <= self.model_fields_set
+        if chosen and self.postgres_pool_min > self.postgres_pool_max:
+            problems.append(
+                f"POSTGRES_POOL_MIN: {self.postgres_pool_min} is above POSTGRES_POOL_MAX, "
+                f"{self.postgres_pool_max}"
+            )
+        if self.retry_queue == self.manual_review_queue:
+            problems.append("RETRY_QUEUE: is the same queue as MANUAL_REVIEW_QUEUE")
+        if self.http_port == self.metrics_port:
+            problems.append("HTTP_PORT: is the same port as METRICS_PORT")
+        if problems:
+            raise _Disagreement(problems)
+        return self
+
+    @property
+    def poll_interval(self) -> timedelta:
+        """RETRY_POLL_INTERVAL_MS as a duration."""
+        return timedelta(milliseconds=self.retry_poll_interval_ms)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values from `load_settings` only, which has read the environment it was given."""
+        return (init_settings,)
+
+
+class _Disagreement(ValueError):
+    """Settings that are right one by one and wrong together."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def load_settings(environment: Mapping[str, str]) -> Settings:
+    """Return the checked settings.
+
+    environment: normally os.environ. An empty value counts as unset.
+    Raises BadSettings with one line for every wrong setting, each beginning with its name; a
+    secret's value never stands in it.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    for name in Settings.model_fields:
+        given = environment.get(name.upper())
+        if given:
+            values[name] = given
+    for name in SECRETS:
+        path = environment.get(f"{name}_FILE")
+        if not path:
+            continue
+        if environment.get(name):
+            problems.append(f"{name}_FILE: {name} is set as well; set one of the two")
+            continue
+        try:
+            values[name.lower()] = Path(path).read_text().rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{name}_FILE: cannot read {path}: {getattr(error, 'strerror', None) or error}")
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        problems += [line for mistake in error.errors() for line in _lines(mistake)]
+        raise BadSettings(problems) from None  # the cause would show values, secrets among them
+    if problems:
+        raise BadSettings(problems)
+    return settings
+
+
+def _lines(mistake: Any) -> list[str]:
+    cause = mistake.get("ctx", {}).get("error")
+    if isinstance(cause, _Disagreement):
+        return cause.problems
+    name = str(mistake["loc"][0]).upper()
+    shown = "" if name in SECRETS else f", got {mistake['input']!r}"
+    return [f"{name}: {cause or mistake['msg']}{shown}"]
+
+
+def _problem_of_amqp_url(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return "is not a URL: its port is not a number from 1 to 65535"
+    if parts.scheme not in ("amqp", "amqps"):
+        return "must begin with amqp:// or amqps://"
+    if not parts.hostname:
+        return "names no host"
+    if port == 0:
+        return "is not a URL: its port is not a number from 1 to 65535"
+    if "/" in unquote(parts.path[1:]) and "/" in parts.path[1:]:
+        return "has a / inside its virtual host; write it as %2F"
+    return None

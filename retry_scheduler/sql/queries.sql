@@ -1,0 +1,225 @@
+-- Every statement of the running service. "Now" is the database's; values are parameters.
+-- Each is one autocommit statement that may be repeated after an unknown outcome.
+
+-- name: store_requests
+-- Store new attempts with their due times; an attempt that is stored already is left alone.
+-- $1..$9 arrays of equal length: message_id, retry_count, max_retries, original_queue, error_reason,
+-- delay interval, payload, traceparent, tracestate; (message_id, retry_count) unique within.
+-- Returns a row for each attempt newly stored: message_id, retry_count, next_retry_at, due_in (seconds).
+WITH incoming AS (
+    SELECT *
+      FROM unnest($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::text[],
+                  $6::interval[], $7::bytea[], $8::text[], $9::text[])
+        AS request (message_id, retry_count, max_retries, original_queue, error_reason,
+                    delay, payload, traceparent, tracestate)
+), stored AS (
+    INSERT INTO retry_queue AS task (message_id, retry_count, max_retries, original_queue, error_reason,
+                                     next_retry_at, payload_bytes, traceparent, tracestate)
+    SELECT message_id, retry_count, max_retries, original_queue, error_reason,
+           clock_timestamp() + delay, octet_length(payload), traceparent, tracestate
+      FROM incoming
+     ORDER BY message_id, retry_count  -- two instances that store the same attempts must not deadlock
+        ON CONFLICT (message_id, retry_count) DO NOTHING
+    RETURNING task.id, task.message_id, task.retry_count, task.next_retry_at
+), kept AS (
+    INSERT INTO retry_payload (id, payload)
+    SELECT stored.id, incoming.payload
+      FROM stored
+      JOIN incoming USING (message_id, retry_count)
+)
+SELECT message_id, retry_count, next_retry_at,
+       extract(epoch FROM next_retry_at - clock_timestamp())::float8 AS due_in
+  FROM stored;
+
+-- name: attempt_states
+-- Tell how attempts stand that a new message repeats.
+-- $1, $2 arrays of equal length: message_id, retry_count.
+-- Returns one row for each that is stored: message_id, retry_count, status, highest retry_count of that message.
+SELECT told.message_id, told.retry_count, task.status,
+       (SELECT max(other.retry_count) FROM retry_queue AS other WHERE other.message_id = told.message_id) AS highest
+  FROM unnest($1::uuid[], $2::integer[]) AS told (message_id, retry_count)
+  JOIN retry_queue AS task USING (message_id, retry_count);
+
+-- name: store_quarantined
+-- Keep malformed input. A redelivery of bytes that are kept already only counts them again.
+-- $1..$6 arrays of equal length: sha256, field, reason, raw_body, raw_properties, redelivered.
+-- Returns one row for each newly kept: field.
+WITH incoming AS (
+    SELECT *
+      FROM unnest($1::bytea[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::boolean[])
+        AS message (sha256, field, reason, raw_body, raw_properties, redelivered)
+), seen_before AS (
+    UPDATE retry_quarantine AS kept
+       SET seen = kept.seen + 1
+      FROM incoming
+     WHERE incoming.redelivered AND kept.id = (
+               SELECT min(first.id) FROM retry_quarantine AS first WHERE first.sha256 = incoming.sha256)
+    RETURNING kept.sha256
+)
+INSERT INTO retry_quarantine (sha256, field, reason, raw_body, raw_properties)
+SELECT sha256, field, reason, raw_body, raw_properties
+  FROM incoming
+ WHERE NOT redelivered OR sha256 NOT IN (SELECT sha256 FROM seen_before)
+RETURNING field;
+
+-- name: claim_due
+-- Lend due attempts to one instance, oldest first; the others pass over what it holds.
+-- $1 limit_rows int; $2 lasts interval; $3 owner uuid; $4 limit_bytes bigint: at least one row, then
+-- as many as fit. A lease whose owner is not in the register (any more) counts for nothing.
+-- Returns the attempts lent, in no promised order; late_s is the time since they were due;
+-- payload is NULL where an operator has deleted it.
+WITH due AS MATERIALIZED (  -- a fence: joined inline, the planner may lend more than the limit
+    SELECT id, next_retry_at, payload_bytes
+      FROM retry_queue
+     WHERE status = 'pending'
+       AND next_retry_at <= now()
+       AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))
+     ORDER BY next_retry_at, id
+     LIMIT $1
+       FOR UPDATE SKIP LOCKED
+), lent AS (
+    SELECT id
+      FROM (SELECT id, payload_bytes,
+                   sum(payload_bytes::bigint) OVER (ORDER BY next_retry_at, id) AS total_bytes
+              FROM due) AS line
+     WHERE total_bytes <= $4 OR total_bytes = payload_bytes
+)
+UPDATE retry_queue AS task
+   SET claimed_until = now() + $2::interval, claimed_by = $3, claims = task.claims + 1
+  FROM lent
+  LEFT JOIN retry_payload AS body ON body.id = lent.id
+ WHERE task.id = lent.id
+RETURNING task.id, task.claims, task.message_id, task.original_queue, task.error_reason, task.retry_count,
+          task.max_retries, task.publish_failures, task.traceparent, task.tracestate, body.payload,
+          extract(epoch FROM clock_timestamp() - task.next_retry_at)::float8 AS late_s;
+
+-- name: complete
+-- Settle attempts whose publication was confirmed. An owner that was overtaken changes nothing.
+-- $1 ids bigint[]; $2 claims int[]; $3 statuses text[]; $4 notes text[].
+-- Returns the ids settled. Repeating it after a lost answer returns them again.
+WITH done AS (
+    SELECT * FROM unnest($1::bigint[], $2::integer[], $3::text[], $4::text[]) AS done (id, claims, status, note)
+), settled AS (
+    UPDATE retry_queue AS task
+       SET status = done.status, last_error = done.note, finished_at = clock_timestamp(), claimed_until = NULL
+      FROM done
+     WHERE task.id = done.id AND task.claims = done.claims AND task.status = 'pending'
+    RETURNING task.id
+)
+SELECT id FROM settled
+UNION ALL
+SELECT task.id
+  FROM done
+  JOIN retry_queue AS task ON task.id = done.id
+ WHERE task.claims = done.claims AND task.status = done.status AND task.finished_at IS NOT NULL;
+
+-- name: release
+-- Give attempts back: returned, refused or unknown ones with a new due time, unpublished ones as they were.
+-- $1 ids bigint[]; $2 claims int[]; $3 failures int[] to add; $4 errors text[], NULL keeps the last;
+-- $5 delays interval[], NULL keeps the due time. Returns id and due_in (seconds) of those given back.
+UPDATE retry_queue AS task
+   SET claimed_by = NULL, claimed_until = NULL,
+       publish_failures = task.publish_failures + given.failures,
+       last_error = coalesce(given.error, task.last_error),
+       next_retry_at = coalesce(clock_timestamp() + given.delay, task.next_retry_at)
+  FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[])
+    AS given (id, claims, failures, error, delay)
+ WHERE task.id = given.id AND task.claims = given.claims AND task.status = 'pending'
+RETURNING task.id, extract(epoch FROM task.next_retry_at - clock_timestamp())::float8 AS due_in;
+
+-- name: claim_quarantined
+-- Lend quarantined messages that manual review has not got yet. Parameters as in claim_due.
+WITH due AS MATERIALIZED (
+    SELECT id, next_try_at, octet_length(raw_body) AS body_bytes
+      FROM retry_quarantine
+     WHERE delivered_at IS NULL
+       AND next_try_at <= now()
+       AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))
+     ORDER BY next_try_at, id
+     LIMIT $1
+       FOR UPDATE SKIP LOCKED
+), lent AS (
+    SELECT id
+      FROM (SELECT id, body_bytes, sum(body_bytes::bigint) OVER (ORDER BY next_try_at, id) AS total_bytes
+              FROM due) AS line
+     WHERE total_bytes <= $4 OR total_bytes = body_bytes
+)
+UPDATE retry_quarantine AS kept
+   SET claimed_until = now() + $2::interval, claimed_by = $3, claims = kept.claims + 1
+  FROM lent
+ WHERE kept.id = lent.id
+RETURNING kept.id, kept.claims, kept.field, kept.reason, kept.raw_body, kept.received_at, kept.publish_failures;
+
+-- name: complete_quarantined
+-- Note that manual review has got them. $1 ids bigint[]; $2 claims int[]. Returns the ids noted.
+UPDATE retry_quarantine AS kept
+   SET delivered_at = clock_timestamp(), claimed_until = NULL
+  FROM unnest($1::bigint[], $2::integer[]) AS done (id, claims)
+ WHERE kept.id = done.id AND kept.claims = done.claims AND kept.delivered_at IS NULL
+RETURNING kept.id;
+
+-- name: release_quarantined
+-- Give back what was not confirmed. $1 ids; $2 claims; $3 failures to add; $4 errors; $5 delays as in release.
+-- Returns the ids given back.
+UPDATE retry_quarantine AS kept
+   SET claimed_by = NULL, claimed_until = NULL,
+       publish_failures = kept.publish_failures + given.failures,
+       last_error = coalesce(given.error, kept.last_error),
+       next_try_at = coalesce(clock_timestamp() + given.delay, kept.next_try_at)
+  FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[])
+    AS given (id, claims, failures, error, delay)
+ WHERE kept.id = given.id AND kept.claims = given.claims AND kept.delivered_at IS NULL
+RETURNING kept.id;
+
+-- name: join_instances
+-- Enter one instance in the register. $1 id uuid; $2 name text.
+INSERT INTO retry_instance (id, name) VALUES ($1, $2);
+
+-- name: leave_instances
+-- Strike one instance off the register. $1 id uuid.
+DELETE FROM retry_instance WHERE id = $1;
+
+-- name: bury_instances
+-- Strike off instances whose beats have not moved since they were seen; that ends their leases.
+-- $1 ids uuid[]; $2 the beats seen, bigint[]. Returns the ids and names struck off.
+DELETE FROM retry_instance AS instance
+ USING unnest($1::uuid[], $2::bigint[]) AS seen (id, beat)
+ WHERE instance.id = seen.id AND instance.beat = seen.beat
+RETURNING instance.id, instance.name;
+
+-- name: beat
+-- Show that this instance is alive, and look at the table in the same breath.
+-- $1 id uuid; $2 how far to look ahead, interval.
+-- Returns no row if the register does not know the instance (any more), otherwise one row:
+-- others: ids, and their beats in the same order; due_now: is something due that nobody holds;
+-- quarantined: does a malformed message wait for manual review;
+-- coming: when the next attempts are due, in seconds from now, ascending, one for each 2 ms at most.
+WITH mine AS (
+    UPDATE retry_instance SET beat = beat + 1, beat_at = clock_timestamp() WHERE id = $1 RETURNING id
+)
+SELECT others.ids, others.beats,
+       EXISTS (SELECT 1 FROM retry_queue
+                WHERE status = 'pending' AND next_retry_at <= now()
+                  AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))) AS due_now,
+       EXISTS (SELECT 1 FROM retry_quarantine
+                WHERE delivered_at IS NULL AND next_try_at <= now()
+                  AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))) AS quarantined,
+       ARRAY (SELECT DISTINCT ceil(extract(epoch FROM soon.next_retry_at - now()) * 500)::float8 / 500
+                FROM (SELECT next_retry_at FROM retry_queue
+                       WHERE status = 'pending' AND next_retry_at > now() AND next_retry_at <= now() + $2::interval
+                       ORDER BY next_retry_at LIMIT 20000) AS soon
+               ORDER BY 1) AS coming
+  FROM mine,
+       (SELECT coalesce(array_agg(id ORDER BY id), '{}') AS ids, coalesce(array_agg(beat ORDER BY id), '{}') AS beats
+          FROM retry_instance WHERE id <> $1) AS others;
+
+-- name: queue_figures
+-- Count what waits. Returns one row: depth; oldest_due_s, 0 if nothing is due.
+SELECT count(*) AS depth,
+       coalesce(greatest(extract(epoch FROM clock_timestamp() - min(next_retry_at)), 0), 0)::float8 AS oldest_due_s
+  FROM retry_queue
+ WHERE status = 'pending';
+
+-- name: server_state
+-- Can this server take our writes? SELECT 1 would also succeed on a standby.
+SELECT NOT pg_is_in_recovery() AND current_setting('transaction_read_only') = 'off' AS writable;

@@ -1,0 +1,194 @@
+"""The same attempt twice: nothing is executed twice, nothing is lost, and an upstream that cannot count ends."""
+
+import asyncio
+from collections import Counter
+from datetime import timedelta
+
+from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from tests.factories import make_request, new_id
+from tests.service_process import StartService
+from tests.table import Table
+from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE, Upstream
+from tests.waiting import eventually
+
+pytest_plugins = ("tests.fixtures",)
+
+AN_HOUR_MS = 3_600_000
+
+
+async def test_a_new_message_that_repeats_a_pending_attempt_changes_nothing(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    service = await start_service()
+    message_id = new_id()
+    upstream.ask(make_request(message_id=message_id, retry_after_ms=AN_HOUR_MS, error_reason="first"))
+    await eventually(lambda: service.metrics().value("retries_scheduled_total") == 1)
+    before = await table.row("SELECT * FROM retry_queue JOIN retry_payload USING (id)")
+
+    upstream.ask(
+        make_request(message_id=message_id.upper(), original_payload="AAAA", error_reason="second", max_retries=9)
+    )
+    await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="ignored") == 1)
+
+    assert await table.row("SELECT * FROM retry_queue JOIN retry_payload USING (id)") == before
+    (ignored,) = service.log_events("Duplicate request ignored")
+    assert (ignored["message_id"], ignored["retry_count"]) == (message_id, 0)
+    assert service.metrics().value("retries_scheduled_total") == 1
+
+
+async def test_a_new_message_that_repeats_an_executed_attempt_becomes_the_next_one(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    service = await start_service()
+    upstream.declare("orders")
+    message_id = new_id()
+    upstream.ask(make_request(message_id=message_id, retry_count=4, max_retries=10))
+    await upstream.receive("orders", 1)
+    await eventually(table.settled)
+
+    upstream.ask(make_request(message_id=message_id, retry_count=4, max_retries=10, original_payload="YWdhaW4="))
+    (again,) = await upstream.receive("orders", 1)
+    await eventually(table.settled)
+
+    assert again.retry_id == f"{message_id}:5"
+    assert again.headers["x-retry-count"] == 6
+    assert again.body == b"again"
+    rows = await table.fetch("SELECT retry_count, status FROM retry_queue ORDER BY retry_count")
+    assert [tuple(row) for row in rows] == [(4, "retried"), (5, "retried")]
+    assert service.metrics().value("retry_duplicates_total", kind="stored_as_next") == 1
+
+
+async def test_a_message_whose_upstream_never_counts_ends_in_manual_review(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    service = await start_service()
+    upstream.declare("orders")
+    message_id = new_id()
+    body = make_request(message_id=message_id, retry_count=0, max_retries=3)
+
+    for retry in range(3):
+        upstream.ask(body)
+        (message,) = await upstream.receive("orders", 1)
+        assert message.headers["x-retry-count"] == retry + 1
+        await eventually(table.settled)
+    upstream.ask(body)
+    (review,) = await upstream.receive(REVIEW_QUEUE, 1)
+    await eventually(table.settled)
+
+    assert (review.review["retry_count"], review.review["reason"]) == (3, "exhausted")
+    assert upstream.depth("orders") == 0
+    assert await table.statuses() == {"retried": 3, "failed": 1}
+    assert service.metrics().value("retry_duplicates_total") == 3
+    assert service.metrics().value("retries_exhausted_total", queue="orders") == 1
+
+
+async def test_repetitions_in_one_batch_are_each_given_a_number_of_their_own(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    upstream.declare("orders", RETRY_QUEUE)
+    executed, pending, counted = new_id(), new_id(), new_id()
+    service = await start_service(RABBITMQ_PREFETCH="500")
+    upstream.ask(
+        make_request(message_id=executed, max_retries=9),
+        make_request(message_id=pending, retry_after_ms=AN_HOUR_MS),
+    )
+    await upstream.receive("orders", 1)
+    await eventually(lambda: service.metrics().value("retries_executed_total", status="success") == 1)
+    await service.stop()
+    upstream.ask_for_many(
+        [
+            *[make_request(message_id=executed, max_retries=9, error_reason=f"copy {n}") for n in (1, 2, 3)],
+            *[make_request(message_id=pending, error_reason=f"copy {n}") for n in (1, 2)],
+            *[make_request(message_id=counted, retry_count=n, max_retries=9) for n in (1, 0)],
+        ]
+    )
+
+    service = await start_service(RABBITMQ_PREFETCH="500")
+    delivered = await upstream.receive("orders", 3)
+    await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
+    await eventually(lambda: service.metrics().value("retry_duplicates_total") >= 4)
+
+    # Of the three copies of an executed attempt the first is the next attempt; the others repeat a pending one.
+    assert Counter(message.retry_id for message in delivered) == {
+        f"{executed}:1": 1,
+        f"{counted}:0": 1,
+        f"{counted}:1": 1,
+    }
+    stored = await table.row("SELECT error_reason FROM retry_queue WHERE message_id = $1 AND retry_count = 1", executed)
+    assert stored["error_reason"] == "copy 1"
+    assert await table.value("SELECT count(*) FROM retry_queue WHERE message_id = $1", pending) == 1
+    assert service.metrics().value("retry_duplicates_total", kind="stored_as_next") == 1
+    assert service.metrics().value("retry_duplicates_total", kind="ignored") == 4
+
+
+async def test_the_highest_attempt_that_can_be_counted_has_no_next_one(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    await start_service()
+    message_id = new_id()
+    body = make_request(message_id=message_id, retry_count=2**31 - 1)
+    upstream.ask(body)
+    (exhausted,) = await upstream.receive(REVIEW_QUEUE, 1)
+    await eventually(table.settled)
+
+    upstream.ask(body)
+    (malformed,) = await upstream.receive(REVIEW_QUEUE, 1)
+
+    assert exhausted.review["reason"] == "exhausted"
+    assert malformed.review["reason"] == "malformed"
+    assert malformed.review["error_reason"].startswith("retry_count: ")
+
+
+async def test_what_the_broker_delivers_again_changes_nothing_pending_or_executed(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ
+) -> None:
+    """An instance that cannot acknowledge is simulated by another one: a consumer that takes and lets go."""
+    service = await start_service()
+    upstream.declare("orders")
+    executed, pending = new_id(), new_id()
+    bodies = [make_request(message_id=executed), make_request(message_id=pending, retry_after_ms=AN_HOUR_MS), b"{"]
+    upstream.ask(*bodies)
+    await upstream.receive("orders", 1)
+    (review,) = await upstream.receive(REVIEW_QUEUE, 1)
+    await eventually(lambda: service.metrics().value("retries_executed_total", status="success") == 1)
+    await service.stop()
+    before = await table.fetch("SELECT * FROM retry_queue ORDER BY id")
+    upstream.ask(*bodies)
+    with upstream.channel() as channel:
+        for _ in bodies:
+            channel.basic_get(RETRY_QUEUE)  # never acknowledged: the broker will say "redelivered"
+
+    service = await start_service()
+    await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="ignored") == 2)
+    await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
+
+    assert await table.fetch("SELECT * FROM retry_queue ORDER BY id") == before
+    kept = await table.row("SELECT seen, delivered_at FROM retry_quarantine")
+    assert kept["seen"] == 2
+    assert upstream.depth("orders") == 0
+    assert upstream.depth(REVIEW_QUEUE) == 0
+    assert review.review["reason"] == "malformed"
+
+
+async def test_two_instances_that_are_told_of_one_executed_attempt_store_each_repetition_once(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    await asyncio.gather(start_service(), start_service())
+    upstream.declare("orders")
+    ids = [new_id() for _ in range(20)]
+    bodies = [make_request(message_id=message_id, max_retries=1000) for message_id in ids]
+    upstream.ask_for_many(bodies)
+    await upstream.receive("orders", len(ids))
+    await eventually(table.settled)
+
+    upstream.ask_for_many([body for body in bodies for _ in range(10)])
+    await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0, within=timedelta(seconds=10))
+    await eventually(table.settled, within=timedelta(seconds=10))
+
+    delivered = Counter(message.retry_id for message in upstream.take("orders"))
+    assert set(delivered.values()) == {1}
+    counts = await table.fetch(
+        "SELECT message_id, count(*), max(retry_count) AS highest FROM retry_queue GROUP BY message_id"
+    )
+    assert all(row["count"] == row["highest"] + 1 >= 2 for row in counts)
+    assert len(delivered) == sum(row["highest"] for row in counts)
