@@ -4,7 +4,7 @@ UV ?= uv
 COMPILE = $(UV) pip compile pyproject.toml --quiet --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(ARGS)
 
-.PHONY: help demo test check bench format lock clean setup setup-python
+.PHONY: help demo test check bench format settings lock clean setup setup-python
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -25,6 +25,9 @@ bench: setup  ## Measure throughput and lateness (ARGS=... is passed on)
 format: setup-python  ## Format the code, and repair what the linter can repair
 	@.venv/bin/ruff format --quiet .
 	@.venv/bin/ruff check --quiet --fix .
+
+settings: setup-python  ## Write .env.example and docs/settings.md from the settings
+	@.venv/bin/python scripts/settings_reference.py
 
 lock:  ## Resolve the dependencies anew into requirements/*.lock (ARGS=--upgrade for newer versions)
 	@$(COMPILE) --output-file requirements/runtime.lock

@@ -1,7 +1,8 @@
 """`make bench`: how many retries a second, and how late, through one instance on this machine.
 
     burst        20,000 requests at once, due at once: from the first publish to the last arrival
-    punctuality  200 requests a second for 20 s, delays of 2, 4 and 8 s mixed
+    punctuality  200 requests a second for 20 s, delays of 2, 4 and 8 s mixed, default settings
+    promise      50 a second for 60 s, then 200 a second for 10 s, default settings: at most 5 s late
 
 Upstream, consumer, both servers and the service share the machine's cores. Lateness is arrival at
 the consumer minus next_retry_at in the table, on one clock, so that it includes the delivery.
@@ -12,6 +13,7 @@ import asyncio
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import asyncpg
@@ -61,23 +63,35 @@ async def burst(at: Bed, count: int) -> str:
             cpu_us = (service.cpu_seconds() - cpu_before) / count * 1e6
             late = await lateness_ms(at, both.arrivals)
             return (
-                f"burst        {count / took_s:8,.0f} retries/s   lateness p50 {share(late, 0.5):7.1f} ms  "
+                f"burst        {count / took_s:10,.0f} retries/s   lateness p50 {share(late, 0.5):7.1f} ms  "
                 f"p99 {share(late, 0.99):7.1f} ms   {cpu_us:.0f} us CPU per retry, "
                 f"{service.resident_mb():.0f} MB, {both.repeated} duplicates"
             )
 
 
-async def punctuality(at: Bed, rate_per_s: int, seconds: int) -> str:
-    """Run at a steady rate with default settings and return its line of the report."""
-    count = rate_per_s * seconds
+async def steady(at: Bed, label: str, phases: Sequence[tuple[int, int]]) -> str:
+    """Run at steady rates with default settings and return the line of the report.
+
+    phases: (requests a second, seconds), one after the other.
+    """
+    count = sum(rate_per_s * seconds for rate_per_s, seconds in phases)
     with at.service({}):
         async with load(at.rabbitmq.url()) as both:
-            async with asyncio.timeout(seconds + 60), asyncio.TaskGroup() as sides:
-                sides.create_task(both.send(count, rate_per_s=rate_per_s, retry_counts=(0, 1, 2)))
+
+            async def send() -> None:
+                for rate_per_s, seconds in phases:
+                    await both.send(rate_per_s * seconds, rate_per_s=rate_per_s, retry_counts=(0, 1, 2))
+
+            async with (
+                asyncio.timeout(sum(seconds for _, seconds in phases) + 60),
+                asyncio.TaskGroup() as sides,
+            ):
+                sides.create_task(send())
                 sides.create_task(both.receive(count))
             late = await lateness_ms(at, both.arrivals)
+            rates = " then ".join(f"{rate_per_s}/s" for rate_per_s, _ in phases)
             return (
-                f"punctuality  {rate_per_s:8,} retries/s   lateness p50 {share(late, 0.5):7.1f} ms  "
+                f"{label:11s}  {rates:>18s}   lateness p50 {share(late, 0.5):7.1f} ms  "
                 f"p99 {share(late, 0.99):7.1f} ms   max {late[-1]:.1f} ms, earliest {late[0]:.1f} ms, "
                 f"{both.repeated} duplicates"
             )
@@ -88,12 +102,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=20_000, help="size of the burst")
     parser.add_argument("--seconds", type=int, default=20, help="length of the punctuality run")
+    parser.add_argument("--short", action="store_true", help="leave out the 70 s of the promise")
     options = parser.parse_args()
     print(f"{_processor()}, {os.cpu_count()} cores shared by everything; {len(migrations())} migration(s)")
     with bed() as at:
         print(uvloop.run(burst(at, options.requests)), flush=True)
     with bed() as at:
-        print(uvloop.run(punctuality(at, 200, options.seconds)), flush=True)
+        print(uvloop.run(steady(at, "punctuality", [(200, options.seconds)])), flush=True)
+    if not options.short:
+        with bed() as at:
+            print(uvloop.run(steady(at, "promise", [(50, 60), (200, 10)])), flush=True)
 
 
 def _processor() -> str:

@@ -92,7 +92,7 @@ async def load(url: str) -> AsyncIterator[Load]:
     made = Load(url)
     links = [asyncio.create_task(link.run()) for link in (made.publish_link, made.intake_link)]
     try:
-        while not (made.publish_link.ready and made.intake_link.up):  # noqa: ASYNC110  two links, two events
+        while not (made.publish_link.ready and made.intake_link.up):
             await asyncio.sleep(0.01)
         yield made
     finally:

@@ -1,12 +1,14 @@
 """Knows when the next attempts are due, so that the scheduler sleeps exactly until then.
 
-Pure but for the event loop's clock. Due times come from two sides: the consumer tells what it has
-just stored, and a look at the table each second tells what anybody has stored. Both only cover the
-near future, which bounds the memory: what is due later will be seen by a later look.
+Due times come from two sides: the consumer tells what it has just stored, and a look at the table
+each second tells what anybody has stored. Both only cover the near future, which bounds the memory:
+what is due later will be seen by a later look. Reads the monotonic clock itself, because the event
+loop's own stands still while a callback runs.
 """
 
 import asyncio
 import heapq
+import time
 from collections.abc import Iterable
 
 # Must be longer than the time between two looks at the table, with something to spare for a slow one.
@@ -20,13 +22,13 @@ class Agenda:
     """A set of wake-up times for one sleeper."""
 
     def __init__(self) -> None:
-        self._times: list[int] = []  # a heap of loop times in grains
+        self._times: list[int] = []  # a heap of monotonic times in grains
         self._known: set[int] = set()
         self._changed = asyncio.Event()
 
     def expect(self, due_in_s: Iterable[float]) -> None:
         """Note that something is due in so many seconds. Zero or less means now."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         for seconds in due_in_s:
             if seconds > HORIZON_S:
                 continue
@@ -40,10 +42,9 @@ class Agenda:
 
     async def wait(self, longest_s: float) -> None:
         """Sleep until something is due, at most `longest_s`, and forget the times that have passed."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + longest_s
+        deadline = time.monotonic() + longest_s
         while True:
-            now = loop.time()
+            now = time.monotonic()
             if self._times and self._times[0] * GRAIN_S <= now:
                 self._forget_until(now)
                 return
@@ -52,7 +53,7 @@ class Agenda:
                 return
             self._changed.clear()
             try:
-                async with asyncio.timeout_at(wake_at):
+                async with asyncio.timeout(wake_at - now):
                     await self._changed.wait()
             except TimeoutError:
                 continue

@@ -179,7 +179,7 @@ def _checked_body(body: bytes) -> _Body:
         try:
             body.decode()  # msgspec skips over fields that it does not know without reading them
             return _decode_body(body)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             pass
     return _carefully_checked_body(body)
 
@@ -197,7 +197,9 @@ def _carefully_checked_body(body: bytes) -> _Body:
     except json.JSONDecodeError as error:
         problem = "is empty" if not body.strip() else f"is not JSON: {error.msg} (character {error.pos})"
         raise MalformedRequest("body", problem) from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise MalformedRequest("body", "is nested too deeply") from None
+    except ValueError as error:
         raise MalformedRequest("body", f"is not JSON: {error}") from None
     if not isinstance(fields, _Pairs):
         raise MalformedRequest("body", "must be a JSON object")
@@ -212,6 +214,8 @@ def _carefully_checked_body(body: bytes) -> _Body:
         except msgspec.ValidationError as error:
             wrong_text = name == "message_id" and isinstance(value, str)
             raise MalformedRequest(name, _NOT_A_UUID if wrong_text else str(error)) from None
+        except RecursionError:
+            raise MalformedRequest(name, "is nested too deeply") from None
     for name in _REQUIRED:
         if name not in values:
             raise MalformedRequest(name, "is missing")

@@ -8,6 +8,7 @@ broker fills the hands, and claiming waits.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -95,7 +96,7 @@ class Scheduler:
     async def run_once(self) -> bool:
         """Claim one batch and start its delivery. Returns whether more may be due. Raises Unavailable."""
         limit_rows = min(CLAIM_ROWS, MAX_IN_HAND - self._in_hand)
-        claimed_at_s = asyncio.get_running_loop().time()
+        claimed_at_s = time.monotonic()
         tasks = await self._repository.claim_due(self._lease(limit_rows))
         if tasks:
             self._in_hand += len(tasks)
@@ -107,14 +108,13 @@ class Scheduler:
 
     async def beat_once(self) -> None:
         """Show that this instance is alive, and learn what is coming. Raises Unavailable."""
-        loop = asyncio.get_running_loop()
-        sent_at_s = loop.time()
+        sent_at_s = time.monotonic()
         presence = self._presence
         sighting = await self._repository.beat(presence.id, timedelta(seconds=HORIZON_S))
         if sighting is None:  # just started, or buried by another instance
             presence.renew()
             await self._repository.join_instances(presence.id, self._name)
-            sent_at_s = loop.time()
+            sent_at_s = time.monotonic()
             sighting = await self._repository.beat(presence.id, timedelta(seconds=HORIZON_S))
             if sighting is None:
                 return
@@ -125,8 +125,8 @@ class Scheduler:
             self._agenda.expect((0.0,))
         if sighting.quarantined:
             self._quarantined.set()
-        presence.observe(sighting.beats, loop.time())
-        still = presence.still(loop.time())
+        presence.observe(sighting.beats, time.monotonic())
+        still = presence.still(time.monotonic())
         if still:
             for name in await self._repository.bury_instances(still):
                 log.warning(logs.INSTANCE_BURIED, instance=name)
@@ -151,7 +151,7 @@ class Scheduler:
 
     async def _wait_until_claiming_makes_sense(self, stop: asyncio.Event) -> None:
         """Return once our leases can be trusted, the broker takes messages, and half a hand is free."""
-        while not stop.is_set() and self._presence.fenced(asyncio.get_running_loop().time()):
+        while not stop.is_set() and self._presence.fenced(time.monotonic()):
             self._beaten.clear()
             await self._beaten.wait()
         while not stop.is_set() and not self._link.ready:
@@ -163,7 +163,7 @@ class Scheduler:
 
     async def _deliver(self, tasks: list[ClaimedRetry], claimed_at_s: float) -> None:
         try:
-            now_s = asyncio.get_running_loop().time()
+            now_s = time.monotonic()
             if self._presence.fenced(now_s) or now_s - claimed_at_s > PUBLISH_BEFORE_S:
                 # We were frozen or cut off: others may have taken these rows by now.
                 await self._settler.give_back(tasks)
@@ -190,15 +190,14 @@ class Scheduler:
                 log.error(logs.QUARANTINE_CLAIM_FAILED, error=problem.problem)
 
     async def _beat_for_ever(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            began_s = loop.time()
+            began_s = time.monotonic()
             try:
                 await self.beat_once()
             except Unavailable as problem:
                 self._metrics.reconnecting(problem.server)
                 log.warning(logs.POSTGRES_FAILED, error=problem.problem)
-            await asyncio.sleep(max(began_s + BEAT_EVERY.total_seconds() - loop.time(), 0.1))
+            await asyncio.sleep(max(began_s + BEAT_EVERY.total_seconds() - time.monotonic(), 0.1))
 
     async def _wake_everybody_at(self, stop: asyncio.Event) -> None:
         await stop.wait()

@@ -35,8 +35,8 @@ from retry_scheduler.settlement import Settler
 
 log = structlog.get_logger()
 
-# The promise is 20 s; what is left is for closing. A confirm may take 10 s of it.
-STOP_WITHIN_S = 16.0
+# The promise is 20 s, and closing two silent servers takes up to 7. A confirm may take 10.
+STOP_WITHIN_S = 12.0
 
 # While a server is away at the start: one warning a second tells enough.
 START_PAUSE_S = 1.0

@@ -13,6 +13,7 @@ consumer knows it by its x-retry-id.
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
@@ -63,7 +64,7 @@ class Settler:
         self._max_publish_failures = max_publish_failures
 
     async def deliver(self, tasks: Sequence[ClaimedRetry], claimed_at_s: float) -> None:
-        """Publish and settle attempts. claimed_at_s: loop time just before they were claimed."""
+        """Publish and settle attempts. claimed_at_s: monotonic time just before they were claimed."""
         reasons = [self._review_reason(task) for task in tasks]
         outcomes = await self._publisher.publish(tasks, reasons)
         unsendable = [place for place, outcome in enumerate(outcomes) if outcome is Outcome.UNSENDABLE]
@@ -75,7 +76,7 @@ class Settler:
             )
             for place, outcome in zip(unsendable, again, strict=True):
                 outcomes[place] = outcome
-        confirmed_at_s = asyncio.get_running_loop().time()
+        confirmed_at_s = time.monotonic()
         settlements: list[Settlement] = []
         releases: list[Release] = []
         for task, reason, outcome in zip(tasks, reasons, outcomes, strict=True):

@@ -13,7 +13,7 @@ from tests.table import Table
 from tests.upstream import Upstream
 
 # Retries come back at once where a test is not about delays.
-QUICK = {"BASE_DELAY_MS": "20", "JITTER_MS": "10", "POSTGRES_POOL_MIN": "2"}
+QUICK = {"BASE_DELAY_MS": "20", "MAX_DELAY_MS": "100", "JITTER_MS": "10", "POSTGRES_POOL_MIN": "2"}
 
 # What takes longest comes last: a mistake in the rest is seen without waiting for it.
 LAST_MODULES = ("tests.test_two_instances", "tests.test_crash")

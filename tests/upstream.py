@@ -241,8 +241,8 @@ def _message(method: Any, properties: Any, body: bytes) -> Message:
     return Message(body, raw, method.redelivered, time.time())
 
 
-def long_header_count(message: Message, name: str) -> int:
-    """Return the number in a header, having made sure that it travels as a signed 64-bit integer."""
+def signed_64_bit_header(message: Message, name: str) -> int:
+    """Return the number in a header. Raises ValueError if it does not travel as a signed 64-bit integer."""
     entry = bytes((len(name),)) + name.encode() + b"l"
     at = message.raw_properties.index(entry) + len(entry)
     (number,) = struct.unpack_from(">q", message.raw_properties, at)

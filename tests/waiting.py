@@ -5,17 +5,29 @@ import inspect
 import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, overload
 
 Result = TypeVar("Result")
 
 
+@overload
 async def eventually(
-    condition: Callable[[], Result | Awaitable[Result]],
+    condition: Callable[[], Awaitable[Result]], *, within: timedelta = ..., every: timedelta = ...
+) -> Result: ...
+
+
+@overload
+async def eventually(
+    condition: Callable[[], Result], *, within: timedelta = ..., every: timedelta = ...
+) -> Result: ...
+
+
+async def eventually(
+    condition: Callable[[], object],
     *,
     within: timedelta = timedelta(seconds=5),
     every: timedelta = timedelta(milliseconds=20),
-) -> Result:
+) -> object:
     """Call `condition` again and again until what it returns is true, and return that.
 
     condition: plain or async. An exception counts as "not yet".
@@ -29,7 +41,7 @@ async def eventually(
             while True:
                 try:
                     answer = condition()
-                    result: Result = await answer if inspect.isawaitable(answer) else answer
+                    result = await answer if inspect.isawaitable(answer) else answer
                     outcome, last_error = f"the last value was {result!r}", None
                     if result:
                         return result

@@ -12,11 +12,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pika
+import structlog
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.exceptions import AMQPError, StreamLostError
 
 import retry_scheduler.broker.properties  # noqa: F401  enters the raw properties in pika's registry
 from retry_scheduler.errors import Unavailable
+
+log = structlog.get_logger()
 
 SERVER = "RabbitMQ"
 
@@ -143,6 +146,10 @@ async def keep_linked(
             await session()
         except Unavailable as problem:
             on_problem(problem)
+        except Exception as error:
+            # Deaf for ever would be the worst way to meet a bug, ours or pika's: start over, loudly.
+            log.exception("The connection's task failed")
+            on_problem(Unavailable(SERVER, describe(error)))
         if loop.time() - began > LAST_BACKOFF_S:
             backoff_s = FIRST_BACKOFF_S  # it had worked: try again soon
         await asyncio.sleep(random.uniform(0, backoff_s))

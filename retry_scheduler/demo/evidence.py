@@ -1,4 +1,4 @@
-"""What the demo has seen: deliveries, rows, copies for people. Everything it shows and judges comes from here.
+"""What the demo has seen: deliveries, rows, copies for people. All that it shows and judges comes from here.
 
 Values only. `team` and `watch` fill them from the servers; nothing here knows what was meant to happen.
 """
@@ -40,13 +40,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """One row of retry_quarantine. message_id: None if the raw bytes tell none."""
+    """One row of retry_quarantine. message_id: None if the raw bytes tell none; delivered_at: to people."""
 
     id: int
     message_id: str | None
     field: str
     received_at: datetime
-    delivered: bool
+    delivered_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)

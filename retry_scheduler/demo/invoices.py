@@ -14,6 +14,7 @@ STORY = "..X.1..2..X..3..M..1..3..1...2..1...1..2...1.."
 ALWAYS = 1_000_000
 FAILURES = {".": 0, "1": 1, "2": 2, "3": 3, "X": ALWAYS, "M": 1}
 
+PLANS = {0: "succeeds", 1: "fails once", 2: "fails twice", 3: "fails 3 times"}
 REASONS = {
     "1": "tax office: no answer in 30 s",
     "2": "database: deadlock detected",
@@ -42,7 +43,7 @@ class Invoice:
         """What its consumer is going to do, in two words."""
         if self.malformed:
             return "bad request"
-        return {1: "fails once", 2: "fails twice", 3: "fails 3 times"}.get(self.fails, "always fails")
+        return PLANS.get(self.fails, "always fails")
 
 
 def make_invoices() -> list[Invoice]:
@@ -51,7 +52,11 @@ def make_invoices() -> list[Invoice]:
 
 
 def _invoice(number: int, sign: str) -> Invoice:
-    body = {"invoice": f"INV-{number}", "customer": f"customer {number * 7 % 100}", "amount_eur": number * 13 % 5000}
+    body = {
+        "invoice": f"INV-{number}",
+        "customer": f"customer {number * 7 % 100}",
+        "amount_eur": number * 13 % 5000,
+    }
     return Invoice(
         number=f"INV-{number}",
         message_id=str(uuid4()),

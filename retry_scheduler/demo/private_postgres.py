@@ -101,8 +101,10 @@ class PrivatePostgres:
         """
         if self._process is None:
             self._process = self._prepare()
-        self._process.start()
+        if self._process.is_alive:
+            raise PrivateServerError(f"PostgreSQL is running already, process {self.pid}")
         try:
+            self._process.start()
             self._process.wait_until_serving(self._is_ready, within=START_TAKES)
         except BaseException:
             self._process.kill()

@@ -147,17 +147,17 @@ class ServerProcess:
     def wait_until_serving(self, serves: Callable[[], bool], *, within: timedelta) -> None:
         """Return when `serves` is true.
 
-        Raises PrivateServerError with the end of the output if the process ends, or the time is over.
+        Raises PrivateServerError with the end of the output if the process ends or the time is over.
         """
-        wait_until(
-            lambda: not self.is_alive or serves(),
-            within=within,
-            what=f"{self.command[0]} to come up; its output is in {self.output}",
-        )
-        if not self.is_alive:
-            code = self._server.returncode if self._server else None
+        try:
+            wait_until(
+                lambda: not self.is_alive or serves(), within=within, what=f"{self.command[0]} to come up"
+            )
+            if not self.is_alive:
+                raise PrivateServerError(f"{self.command[0]} ended while starting")
+        except PrivateServerError as error:
             said = self.output.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise PrivateServerError(f"{self.command[0]} ended with code {code} while starting:\n{said}")
+            raise PrivateServerError(f"{error}. The end of its output:\n{said}") from error
 
     def stop(self, *, within: timedelta) -> None:
         """Ask the server to shut down, and wait until it and its children are gone.

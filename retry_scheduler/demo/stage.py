@@ -50,11 +50,11 @@ class Stage:
         come up.
         """
         self._folder = Path(tempfile.mkdtemp(prefix="retry-scheduler-demo-"))
+        self.postgres = PrivatePostgres(self._folder / "postgres")
+        self.rabbitmq = PrivateRabbitMQ(self._folder / "rabbitmq")
         try:
             self._folder.chmod(0o711)  # run by root, PostgreSQL's user has to pass through
-            self.postgres = PrivatePostgres(self._folder / "postgres")
-            self.rabbitmq = PrivateRabbitMQ(self._folder / "rabbitmq")
-            self._say(f"Starting a private PostgreSQL and a private RabbitMQ in {self._folder} ...")
+            self._say(f"Starting a PostgreSQL and a RabbitMQ of our own in {self._folder}")
             await asyncio.gather(
                 self._in_thread("PostgreSQL is up", self._start_postgres),
                 self._in_thread("RabbitMQ is up", self.rabbitmq.start),
@@ -94,7 +94,7 @@ class Stage:
             await asyncio.sleep(0.2)
 
     def keep_log(self) -> str:
-        """Save the service's log from the folder's end, and return where it is and its last lines."""
+        """Save the service's log before the folder goes, and return where it is and its last lines."""
         if not self.log.exists():
             return "The service was not started."
         handle, name = tempfile.mkstemp(prefix="retry-scheduler-demo-", suffix=".log")
@@ -109,9 +109,10 @@ class Stage:
         self._say(f"  {done} after {time.monotonic() - began:.1f} s")
 
     def _start_postgres(self) -> None:
+        defaults = load_settings({})
         self.postgres.start()
-        self.postgres.create_role("eracun", password="")
-        self.postgres.create_database("eracun", owner="eracun")
+        self.postgres.create_role(defaults.postgres_user, password="")  # none is asked for
+        self.postgres.create_database(defaults.postgres_db, owner=defaults.postgres_user)
 
     def _start_service(self) -> None:
         http_port, metrics_port = free_ports(2)

@@ -54,8 +54,7 @@ class Team:
 
     async def send(self) -> None:
         """Send all invoices to the queue `orders`, one after the other. Raises Unavailable."""
-        while not (self._intake.up and self._link.ready):
-            await asyncio.sleep(0.01)
+        await self._link.ready_changed.wait()
         for invoice in self._invoices.values():
             await self._publish([_publication(ORDERS, f"{invoice.message_id}:sent", invoice.body)])
             self.sent[invoice.message_id] = invoice

@@ -28,7 +28,7 @@ SELECT message_id::text, retry_count, max_retries, status, created_at, next_retr
   FROM retry_queue
  ORDER BY id"""
 QUARANTINED = """
-SELECT id, field, raw_body, received_at, delivered_at IS NOT NULL AS delivered
+SELECT id, field, raw_body, received_at, delivered_at
   FROM retry_quarantine
  ORDER BY id"""
 
@@ -72,7 +72,13 @@ class Watch:
     async def _look(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
         self.rows = [Row(*row) for row in await connection.fetch(ROWS)]
         self.quarantined = [
-            Quarantined(row["id"], message_id_in(row["raw_body"]), row["field"], row["received_at"], row["delivered"])
+            Quarantined(
+                row["id"],
+                message_id_in(row["raw_body"]),
+                row["field"],
+                row["received_at"],
+                row["delivered_at"],
+            )
             for row in await connection.fetch(QUARANTINED)
         ]
 

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any, BinaryIO
@@ -67,7 +68,10 @@ class LineWriter:
 
     def flush(self, timeout_s: float = 1.0) -> None:
         """Wait until everything is written, at most `timeout_s`."""
-        self._idle.wait(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self._idle.wait(0.01) and not self._waiting:
+                return
 
     def _work(self) -> None:
         while True:
