@@ -2,6 +2,7 @@
 
     intake_link    consumes the retry queue in batches, on a connection of its own
     publish_link   publishes batches and learns what became of each message
+    wire           pika's connection with many frames in one system call
     connection     opens one AMQP connection and channel; reconnects for ever
     confirms       the ledger of publications whose outcome is not known yet
     properties     message properties and headers as raw bytes: nothing decoded, nothing changed

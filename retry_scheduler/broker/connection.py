@@ -13,10 +13,10 @@ from urllib.parse import unquote, urlsplit
 
 import pika
 import structlog
-from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.exceptions import AMQPError, StreamLostError
 
 import retry_scheduler.broker.properties  # noqa: F401  enters the raw properties in pika's registry
+from retry_scheduler.broker.wire import WireConnection
 from retry_scheduler.errors import Unavailable
 
 log = structlog.get_logger()
@@ -37,8 +37,9 @@ LAST_BACKOFF_S = 3.0
 class Connection:
     """One open connection with one open channel. Made by `connect`; of no use once `closed` is done."""
 
-    def __init__(self, raw: AsyncioConnection, channel: Any) -> None:
+    def __init__(self, raw: WireConnection, channel: Any) -> None:
         self._raw = raw
+        self.together = raw.together
         self.channel = channel
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.on_blocked: Callable[[bool], None] = lambda blocked: None
@@ -112,10 +113,10 @@ async def connect(url: str, *, name: str) -> Connection:
     def finish(result: Any) -> None:
         if not opened.done():
             opened.set_result(result)
-        elif isinstance(result, AsyncioConnection) and result.is_open:
+        elif isinstance(result, WireConnection) and result.is_open:
             result.close()  # too late: nobody waits for it any more
 
-    workflow = AsyncioConnection.create_connection([_parameters(url, name)], finish, custom_ioloop=loop)
+    workflow = WireConnection.create_connection([_parameters(url, name)], finish, custom_ioloop=loop)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S + 1):
             raw = await opened
@@ -125,8 +126,9 @@ async def connect(url: str, *, name: str) -> Connection:
     except asyncio.CancelledError:
         workflow.abort()
         raise
-    if not isinstance(raw, AsyncioConnection):
+    if not isinstance(raw, WireConnection):
         raise Unavailable(SERVER, describe(raw))
+    raw.read_in_large_pieces()
     return await _with_channel(raw)
 
 
@@ -179,7 +181,7 @@ def describe(reason: object) -> str:
     return f"{type(reason).__name__}: {first}" if first else type(reason).__name__
 
 
-async def _with_channel(raw: AsyncioConnection) -> Connection:
+async def _with_channel(raw: WireConnection) -> Connection:
     loop = asyncio.get_running_loop()
     opened: asyncio.Future[Any] = loop.create_future()
 

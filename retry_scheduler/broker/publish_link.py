@@ -84,13 +84,16 @@ class PublishLink:
         """
         connection, ledger = self._connection, self._ledger
         batch = ConfirmBatch(len(publications))
-        for place, publication in enumerate(publications):
-            if place % _WRITE_RUN == _WRITE_RUN - 1:
-                await asyncio.sleep(0)
+        for first in range(0, len(publications), _WRITE_RUN):
+            run = range(first, min(first + _WRITE_RUN, len(publications)))
             if connection is None or connection.closed.done() or self._blocked:
-                batch.settle(place, Outcome.NOT_SENT)
+                for place in run:
+                    batch.settle(place, Outcome.NOT_SENT)
                 continue
-            self._send(connection, ledger, batch, place, publication)
+            with connection.together():
+                for place in run:
+                    self._send(connection, ledger, batch, place, publications[place])
+            await asyncio.sleep(0)
         try:
             async with asyncio.timeout(CONFIRM_TIMEOUT_S):
                 await batch.done.wait()

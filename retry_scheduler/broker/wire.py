@@ -1,0 +1,64 @@
+"""pika's connection with many frames in one system call, each way.
+
+As it comes, pika sends every frame with a call of its own (three for a message) and reads 4 KiB at a
+time, copying what is left after each frame. Measured with 1 KiB messages, a third of the service's
+processor time went there, and the broker pays for every small packet too.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pika import frame
+from pika.adapters.asyncio_connection import AsyncioConnection
+
+# Large enough for a few dozen messages, small enough not to keep the event loop from its timers.
+_READ_BYTES = 128 * 1024
+
+_HEADER_BYTES = 7
+_END_BYTES = 1
+
+
+class WireConnection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
+    """An AMQP connection that can hold frames back to send them together."""
+
+    _held: list[bytes] | None = None
+
+    def read_in_large_pieces(self) -> None:
+        """Ask the socket for more at a time; call it once, when the connection is open."""
+        self._transport._MAX_RECV_BYTES = _READ_BYTES
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Send what is written inside as one piece, at the end. Nothing may be awaited inside."""
+        self._held = held = []
+        try:
+            yield
+        finally:
+            self._held = None
+            if held and self.is_open:
+                self._adapter_emit_data(b"".join(held))
+
+    def _output_marshaled_frames(self, marshaled_frames: Sequence[bytes]) -> None:
+        if self._held is None:
+            super()._output_marshaled_frames((b"".join(marshaled_frames),))
+        else:
+            self._held += marshaled_frames
+
+    def _on_data_available(self, data_in: bytes) -> None:
+        buffer = self._frame_buffer + data_in if self._frame_buffer else data_in
+        offset, end = 0, len(buffer)
+        while end - offset >= _HEADER_BYTES:
+            size = (
+                int.from_bytes(buffer[offset + 3 : offset + _HEADER_BYTES], "big")
+                + _HEADER_BYTES
+                + _END_BYTES
+            )
+            if end - offset < size:
+                break
+            _, value = frame.decode_frame(buffer[offset : offset + size])
+            offset += size
+            # Before handling it: a frame that ends the connection leaves the buffer to nobody.
+            self._frame_buffer = b""
+            self.bytes_received += size
+            self._process_frame(value)
+        self._frame_buffer = buffer[offset:]
