@@ -22,6 +22,7 @@ class WireConnection(AsyncioConnection):  # type: ignore[misc]  # pika has no ty
     """An AMQP connection that can hold frames back to send them together."""
 
     _held: list[bytes] | None = None
+    _frame_buffer: bytes
 
     def read_in_large_pieces(self) -> None:
         """Ask the socket for more at a time; call it once, when the connection is open."""
@@ -30,7 +31,8 @@ class WireConnection(AsyncioConnection):  # type: ignore[misc]  # pika has no ty
     @contextmanager
     def together(self) -> Iterator[None]:
         """Send what is written inside as one piece, at the end. Nothing may be awaited inside."""
-        self._held = held = []
+        held: list[bytes] = []
+        self._held = held
         try:
             yield
         finally:
