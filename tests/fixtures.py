@@ -95,6 +95,15 @@ def pytest_runtest_makereport(
     return report
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests have measured."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if report.when == "call" and report.user_properties:
+                figures = ", ".join(f"{name} = {value}" for name, value in report.user_properties)
+                terminalreporter.write_line(f"{report.location[2]}: {figures}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run quick tests first: those without servers, then the others, then the longest."""
     items.sort(key=_slowness)

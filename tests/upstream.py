@@ -18,7 +18,7 @@ from typing import Any
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
-from pika.exceptions import AMQPError
+from pika.exceptions import AMQPError, StreamLostError
 from pika.spec import BasicProperties
 
 from retry_scheduler.broker.properties import RawProperties
@@ -149,6 +149,12 @@ class Upstream:
         connection = pika.BlockingConnection(parameters)
         try:
             yield connection.channel()
+        except BaseException as error:
+            if not isinstance(error, AMQPError):
+                # A test's timeout, perhaps because the broker does not answer: then it would not
+                # answer a polite close either, and pika would wait for that without end.
+                connection._impl._terminate_stream(StreamLostError("given up"))
+            raise
         finally:
             if connection.is_open:
                 connection.close()

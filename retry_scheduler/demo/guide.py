@@ -6,6 +6,10 @@ from retry_scheduler.demo.postgres_programs import find_programs
 from retry_scheduler.demo.stage import Stage
 
 PAYLOAD = "aGVsbG8="  # "hello" in base64
+LATEST_ROWS = (
+    "SELECT message_id, original_queue, retry_count, status, next_retry_at"
+    " FROM retry_queue ORDER BY id DESC LIMIT 5"
+)
 
 
 def guide_lines(stage: Stage) -> list[str]:
@@ -20,17 +24,17 @@ def guide_lines(stage: Stage) -> list[str]:
         ]
     )
     return [
-        "Everything stays up until you press Ctrl-C. Look around, from another terminal:",
+        "Everything stays up until you press Ctrl-C. From another terminal, look around:",
         "",
-        f"curl -s {pages}/health",
-        f"curl -s {pages}/ready",
-        f"curl -s {metrics} | grep ^retr",
-        f"{psql} -c 'TABLE retry_queue' -x | tail -60",
-        f"less {stage.log}",
+        f"curl -s {pages}/health; echo",
+        f"curl -s {pages}/ready; echo",
+        f"curl -s {metrics} | grep ^retries",
+        f"tail {stage.log}",
+        f"{psql} -c '{LATEST_ROWS}'",
         "",
-        f"RabbitMQ's management page: {stage.rabbitmq.management_url}  (user guest, password guest)",
+        f"RabbitMQ's management page, user guest, password guest: {stage.rabbitmq.management_url}",
         "",
-        "Or ask for a retry yourself. It comes back to the queue `orders`, and you see it here, in 2 to 3 s:",
+        "Or ask for a retry yourself. Here you see it stored, and 2 to 3 s later back on `orders`:",
         "",
         *_request(stage),
         "",
@@ -46,5 +50,5 @@ def _request(stage: Stage) -> list[str]:
         "curl -s -u guest:guest -H 'content-type: application/json' "
         f"{stage.rabbitmq.management_url}/api/exchanges/%2F/amq.default/publish -d '",
         f'{{"routing_key": "{stage.settings.retry_queue}", "properties": {{"delivery_mode": 2}},',
-        f' "payload_encoding": "string", "payload": "{body}"}}\'',
+        f' "payload_encoding": "string", "payload": "{body}"}}\'; echo',
     ]

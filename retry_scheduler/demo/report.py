@@ -27,7 +27,7 @@ def summary_lines(summary: Summary) -> Iterator[Text]:
     if summary.lateness_ms:
         p50, p99 = (percentile(summary.lateness_ms, share) for share in (0.5, 0.99))
         first = summary.lateness_ms[0]
-        never = f"never early (minimum {first:.1f} ms)" if first >= 0 else "EARLY"
+        never = f"never early (min {first:.1f} ms)" if first >= 0 else "EARLY"
         yield _count("retries that came back", len(summary.lateness_ms))
         yield Text(f"  lateness                  p50 {p50:.1f} ms, p99 {p99:.1f} ms, {never}")
     yield Text()

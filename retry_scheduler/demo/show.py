@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from retry_scheduler.demo.evidence import Evidence
+from retry_scheduler.demo.folder import TemporaryFolder
 from retry_scheduler.demo.guide import guide_lines
 from retry_scheduler.demo.invoices import make_invoices
 from retry_scheduler.demo.processes import PrivateServerError
@@ -81,12 +82,16 @@ class _Demo:
         return EX_WRONG if self._code is None else self._code
 
     async def _run_on_stage(self) -> None:
-        async with Stage(self._say) as stage:
-            try:
-                await self._perform(stage)
-            except (PrivateServerError, Unavailable, ExceptionGroup):
-                self._last_words = stage.keep_log()
-                raise
+        with TemporaryFolder() as folder:
+            async with Stage(folder, self._say) as stage:
+                await self._perform_or_keep_log(stage)
+
+    async def _perform_or_keep_log(self, stage: Stage) -> None:
+        try:
+            await self._perform(stage)
+        except (PrivateServerError, Unavailable, ExceptionGroup):
+            self._last_words = stage.keep_log()
+            raise
 
     async def _perform(self, stage: Stage) -> None:
         team = Team(stage.rabbitmq.url(), stage.settings.retry_queue, make_invoices())
@@ -139,7 +144,7 @@ class _Demo:
         if summary.problems:
             self._last_words = stage.keep_log()
         self._code = EX_WRONG if summary.problems else EX_OK
-        if not self._keep:
+        if not self._keep and not summary.problems:
             self._say("Next: README.md says how to run it with servers of your own,")
             self._say("and `KEEP=1 make demo` stays up for you to send messages yourself.")
 
@@ -162,7 +167,7 @@ class _Demo:
             self._signal = number
             for each in numbers:
                 # A second one finds the system's own handler, which ends this process at once; then the
-                # servers end by themselves, and only the folder stays.
+                # servers end by themselves, and the folder goes with them.
                 loop.remove_signal_handler(each)
                 signal.signal(each, signal.SIG_DFL)
             if this is not None:

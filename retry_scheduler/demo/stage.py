@@ -1,6 +1,6 @@
-"""Sets the stage: a private PostgreSQL, a private RabbitMQ and the real service, in one temporary folder.
+"""Sets the stage: a private PostgreSQL, a private RabbitMQ and the real service, in one folder.
 
-Whatever happens, leaving ends all three and removes the folder. The service runs with its default
+Whatever happens, leaving ends all three. The service runs with its default
 settings, except for where its servers are and on which ports it listens.
 """
 
@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -34,11 +34,15 @@ LOG_TAIL_LINES = 15
 
 
 class Stage:
-    """The three programs. An async context manager: entering starts them, leaving ends and removes them."""
+    """The three programs. An async context manager: entering starts them, leaving ends them."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        """say: told in a sentence what happens meanwhile."""
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        """folder: empty, and removed by whoever made it. say: told in a sentence what happens meanwhile."""
+        self.postgres = PrivatePostgres(folder / "postgres")
+        self.rabbitmq = PrivateRabbitMQ(folder / "rabbitmq")
+        self._folder = folder
         self._say = say
+        self._starting: list[Future[None]] = []
         self._starter = ThreadPoolExecutor(max_workers=2, thread_name_prefix="start")
         self._service: ServerProcess | None = None
         self._environment: dict[str, str] = {}
@@ -47,18 +51,13 @@ class Stage:
         """Start everything.
 
         Raises ServerMissing if a server is not installed, and PrivateServerError if a program does not
-        come up.
+        come up; either may come in an ExceptionGroup.
         """
-        self._folder = Path(tempfile.mkdtemp(prefix="retry-scheduler-demo-"))
-        self.postgres = PrivatePostgres(self._folder / "postgres")
-        self.rabbitmq = PrivateRabbitMQ(self._folder / "rabbitmq")
+        self._say(f"Starting private servers in {self._folder}")
         try:
-            self._folder.chmod(0o711)  # run by root, PostgreSQL's user has to pass through
-            self._say(f"Starting a PostgreSQL and a RabbitMQ of our own in {self._folder}")
-            await asyncio.gather(
-                self._in_thread("PostgreSQL is up", self._start_postgres),
-                self._in_thread("RabbitMQ is up", self.rabbitmq.start),
-            )
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._in_thread("PostgreSQL is up", self._start_postgres))
+                tasks.create_task(self._in_thread("RabbitMQ is up", self.rabbitmq.start))
             await self._in_thread("retry-scheduler is ready", self._start_service)
         except BaseException:
             self._end()
@@ -105,7 +104,9 @@ class Stage:
 
     async def _in_thread(self, done: str, start: Callable[[], None]) -> None:
         began = time.monotonic()
-        await asyncio.get_running_loop().run_in_executor(self._starter, start)
+        starting = self._starter.submit(start)
+        self._starting.append(starting)
+        await asyncio.wrap_future(starting)
         self._say(f"  {done} after {time.monotonic() - began:.1f} s")
 
     def _start_postgres(self) -> None:
@@ -135,13 +136,14 @@ class Stage:
         self._service.wait_until_serving(lambda: _answers(http_port), within=SERVICE_STARTS_WITHIN)
 
     def _end(self) -> None:
-        # What is just being started cannot be called back; it takes seconds at most.
+        if not all(starting.done() for starting in self._starting):
+            # It cannot be called back, and would be left behind if it were not waited for.
+            self._say("Ending, once that which is being started is up ...")
         self._starter.shutdown(cancel_futures=True)
         if self._service is not None:
             self._service.stop(within=SERVICE_STOPS_WITHIN)
         self.postgres.stop()
         self.rabbitmq.kill()  # stopping in order takes longer, and its data are going to be removed
-        shutil.rmtree(self._folder)
 
 
 def _answers(http_port: int) -> bool:

@@ -3,8 +3,10 @@
 Pure. Counts come from the evidence alone; what the story meant to happen is compared with them last.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from retry_scheduler.demo.evidence import Evidence
@@ -12,6 +14,7 @@ from retry_scheduler.demo.invoices import ALWAYS
 
 # (message_id, retry_count): for a row the attempt that failed, for a delivery the retry that came.
 Attempt = tuple[str, int]
+Things = AbstractSet[str | Attempt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ def summarise(evidence: Evidence) -> Summary:
 
 def percentile(ascending: Sequence[float], share: float) -> float:
     """Return the smallest value that `share` of the values do not exceed. ascending: at least one."""
-    return ascending[max(0, -int(-len(ascending) * share // 1) - 1)]
+    return ascending[max(0, math.ceil(len(ascending) * share) - 1)]
 
 
 def _ends(evidence: Evidence) -> dict[str, list[str]]:
@@ -121,14 +124,20 @@ def _disagreements(evidence: Evidence) -> Iterator[str]:
     kept = {kept.message_id or "" for kept in evidence.quarantined}
     malformed = {copy.message_id or "" for copy in evidence.copies if copy.reason == "malformed"}
     reviewed = {copy.message_id or "" for copy in evidence.copies if copy.reason != "malformed"}
-    yield from _difference("rows still pending", by_status["pending"], set())
-    yield from _difference("rows `retried`, and retries that came", by_status["retried"], retries)
-    yield from _difference("rows `failed`, and copies in manual review", _ids(by_status["failed"]), reviewed)
-    yield from _difference("quarantined requests, and copies in manual review", kept, malformed)
+    yield from _difference(evidence, "rows still pending", by_status["pending"], set())
+    yield from _difference(evidence, "rows `retried`, and retries that came", by_status["retried"], retries)
     yield from _difference(
-        "failures of the consumer, and rows", failures, stored | {one for one in failures if one[0] in kept}
+        evidence, "rows `failed`, and copies in manual review", _ids(by_status["failed"]), reviewed
+    )
+    yield from _difference(evidence, "quarantined requests, and copies in manual review", kept, malformed)
+    yield from _difference(
+        evidence,
+        "failures of the consumer, and rows",
+        failures,
+        stored | {one for one in failures if one[0] in kept},
     )
     yield from _difference(
+        evidence,
         "messages that came, and messages sent",
         {one.message_id for one in evidence.deliveries},
         set(evidence.sent),
@@ -139,10 +148,12 @@ def _disagreements(evidence: Evidence) -> Iterator[str]:
             yield f"queue {queue}: holds {depth} messages, should hold {expected}"
 
 
-def _difference(what: str, left: Collection[object], right: Collection[object]) -> Iterator[str]:
-    odd = set(left) ^ set(right)
+def _difference(evidence: Evidence, what: str, left: Things, right: Things) -> Iterator[str]:
+    odd = left ^ right
     if odd:
-        yield f"{what}: {len(left)} and {len(right)}, different in {len(odd)}, such as {min(odd, key=str)}"
+        first = min(odd, key=str)
+        name = evidence.name_of(first if isinstance(first, str) else first[0])
+        yield f"{what}: {len(left)} and {len(right)}, at odds over {name}"
 
 
 def _ids(attempts: Collection[Attempt]) -> set[str]:

@@ -20,7 +20,11 @@ WIDE_COLUMNS = 104
 WIDEST_COLUMNS = 132
 # The story's 14 failing invoices fit a terminal of 24 lines; from this height on there is room for air.
 ROOMY_LINES = 26
+# And from here on for the latest events below the table.
+EVENT_LINES = 32
 BAR_CELLS = 26
+# Below the arrow into retry_queue: that is where messages leave for manual review.
+REVIEW_INDENT = 44
 
 STYLES = {
     State.ASKING: "red",
@@ -62,9 +66,9 @@ class Picture:
             _title(f"{(now - self._began).total_seconds():.0f} s   {hint}", columns),
             *_blank(roomy),
             _flow(evidence, found),
-            *_blank(True),
-            *(Text(f" {line}", style="dim", no_wrap=True, overflow="ellipsis") for line in self._explanation),
-            *_blank(True),
+            Text(),
+            *(Text(f" {line}", no_wrap=True, overflow="ellipsis") for line in self._explanation),
+            Text(),
             _totals(evidence, found),
             *_blank(roomy),
         ]
@@ -72,7 +76,9 @@ class Picture:
         shown = _most_interesting(found, max(lines - taken, 1))
         below = lines - taken - len(shown) - 2
         return Group(
-            *head, _table(shown, now, columns), *(_latest(events[-below:], columns) if below >= 3 else ())
+            *head,
+            _table(shown, now, columns),
+            *(_latest(events[-below:]) if lines >= EVENT_LINES and below > 0 else ()),
         )
 
 
@@ -82,6 +88,7 @@ def _title(right: str, columns: int) -> Text:
         left + " " * max(1, columns - len(left) - len(right)) + right,
         style="bold white on blue",
         no_wrap=True,
+        overflow="crop",
     )
 
 
@@ -95,11 +102,11 @@ def _flow(evidence: Evidence, found: Sequence[Journey]) -> Table:
     waiting = sum(journey.state in (State.WAITING, State.DUE) for journey in found)
     stored = len(evidence.rows) + len(evidence.quarantined)
     stops = (
-        ("orders", f"{len(evidence.sent)} sent", "bold"),
-        ("consumer fails", f"{failures} failures", "bold red"),
-        ("retry.scheduled", f"{stored} requests", "bold"),
-        ("retry_queue (PostgreSQL)", f"{waiting} waiting", "bold yellow"),
-        ("orders", f"{back} back", "bold cyan"),
+        ("orders", f"{len(evidence.sent):2} sent", "bold"),
+        ("consumer fails", f"{failures:2} failures", "bold red"),
+        ("retry.scheduled", f"{stored:2} requests", "bold"),
+        ("retry_queue (PostgreSQL)", f"{waiting:2} waiting", "bold yellow"),
+        ("orders", f"{back:2} back", "bold cyan"),
     )
     table = Table.grid(padding=0)
     for _ in range(2 * len(stops)):
@@ -117,7 +124,7 @@ def _flow(evidence: Evidence, found: Sequence[Journey]) -> Table:
     grid = Table.grid(padding=0)
     grid.add_column(no_wrap=True)
     grid.add_row(table)
-    grid.add_row(Text(" " * 44).append_text(review))
+    grid.add_row(Text(" " * REVIEW_INDENT).append_text(review))
     return grid
 
 
@@ -186,9 +193,9 @@ def _now(journey: Journey, now: datetime, style: str) -> Text:
                 f"✔ recovered after {journey.retries} {'retry' if journey.retries == 1 else 'retries'}", style
             )
         case State.REVIEW:
-            return Text("✋ in manual review: no retries left", style)
+            return Text("✘ in manual review: no retries left", style)
         case State.QUARANTINED:
-            return Text(f"✋ in manual review: bad {journey.remark}", style)
+            return Text(f"✘ in manual review: bad {journey.remark}", style)
         case State.ASKING:
             return Text("failed, and asks for a retry", style)
         case State.DUE:
@@ -197,7 +204,7 @@ def _now(journey: Journey, now: datetime, style: str) -> Text:
             return Text("is back on orders", style)
 
 
-def _latest(events: Sequence[Event], columns: int) -> tuple[RenderableType, ...]:
+def _latest(events: Sequence[Event]) -> tuple[RenderableType, ...]:
     lines = [
         Text(f" {event.name}  {event.text}", style="dim", no_wrap=True, overflow="ellipsis")
         for event in events
