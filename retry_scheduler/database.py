@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 from retry_scheduler.errors import DataRefused, Unavailable
 from retry_scheduler.sql import query
@@ -110,7 +111,9 @@ class Database:
             raise Unavailable(SERVER, "takes no writes: it is a standby or set to read only")
 
     @asynccontextmanager
-    async def _connection(self, *, acquire_s: float, use_s: float) -> AsyncIterator[asyncpg.Connection]:
+    async def _connection(
+        self, *, acquire_s: float, use_s: float
+    ) -> AsyncIterator["PoolConnectionProxy[asyncpg.Record]"]:
         """Lend a connection of the pool; cut it if it does not answer in time."""
         pool = self._pool
         if pool is None:
@@ -119,9 +122,9 @@ class Database:
         try:
             async with asyncio.timeout(use_s):
                 yield connection
-        except (TimeoutError, asyncio.CancelledError):
+        except (TimeoutError, asyncio.CancelledError, asyncpg.InternalClientError):
             # Giving it back would wait until the server has cancelled the statement, and a frozen
-            # server never does.
+            # server never does. A connection whose state the driver has lost must not be lent again.
             connection.terminate()
             raise
         finally:
@@ -167,6 +170,9 @@ def _sorted_errors() -> Iterator[None]:
         if isinstance(error, ValueError):  # a value that the driver cannot encode
             raise DataRefused(_first_line(error), sqlstate="client") from error
         raise Unavailable(SERVER, _first_line(error)) from error
+    except asyncpg.InternalClientError as error:
+        # Raised when the server's farewell (57P01) arrives while a statement is being sent.
+        raise Unavailable(SERVER, f"connection lost: {_first_line(error)}") from error
     except TimeoutError as error:
         raise Unavailable(SERVER, "no answer in time") from error
     except OSError as error:

@@ -80,7 +80,8 @@ class RetryRequest(msgspec.Struct):
 class ClaimedRetry(msgspec.Struct):
     """An attempt that is due and lent to this instance.
 
-    claims: the fence; whoever settles the row must name it. payload: None if an operator deleted it.
+    claims: the fence; whoever settles the row must name it. claims_unsettled: claims in a row without
+    an outcome, this one included. payload: None if an operator deleted it.
     late_s: seconds between its due time and the claim, by the database's clock.
     """
 
@@ -92,6 +93,7 @@ class ClaimedRetry(msgspec.Struct):
     retry_count: int
     max_retries: int
     publish_failures: int
+    claims_unsettled: int
     traceparent: str | None
     tracestate: str | None
     payload: bytes | None
@@ -113,6 +115,7 @@ class ClaimedQuarantine(msgspec.Struct):
     raw_body: bytes
     received_at: str
     publish_failures: int
+    claims_unsettled: int
 
     @property
     def retry_id(self) -> str:

@@ -3,8 +3,9 @@
 Section 3 of the contract is here. Which of the two ways a message takes is the scheduler's decision.
 """
 
+import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -17,6 +18,14 @@ from retry_scheduler.messages import ERROR_REASON_MAX_BYTES, ClaimedQuarantine, 
 # RabbitMQ 4 takes messages of up to 16 MiB unless told otherwise, and base64 adds a third. A
 # well-formed request has passed this limit already; malformed input has not been encoded before.
 QUARANTINE_COPY_MAX_BYTES = 11 * 1024 * 1024
+
+# Claims in a row without an outcome. A crash leaves one behind on every row in hand, so a few are no
+# evidence; ALONE_AFTER of them are, or one channel that the broker closed over its content.
+ALONE_AFTER = 5
+UNPUBLISHABLE_AFTER = ALONE_AFTER + 3
+WITHOUT_PAYLOAD_AFTER = UNPUBLISHABLE_AFTER + 3
+
+SPARE_LINK_TIMEOUT_S = 5.0
 
 _encode_json = msgspec.json.Encoder().encode
 
@@ -44,10 +53,11 @@ def retry_publication(task: ClaimedRetry) -> Publication:
     )
 
 
-def review_publication(task: ClaimedRetry, reason: str, queue: str) -> Publication:
+def review_publication(task: ClaimedRetry, reason: str, queue: str, *, with_payload: bool) -> Publication:
     """Return the message that tells people about an attempt that ends here.
 
-    reason: exhausted, unroutable, unpublishable or denied.
+    reason: exhausted, unroutable, unpublishable or denied. with_payload: False if the broker would not
+    take it; the payload stays in the table.
     """
     headers: dict[str, str | int] = {
         "x-original-queue": task.original_queue,
@@ -61,7 +71,9 @@ def review_publication(task: ClaimedRetry, reason: str, queue: str) -> Publicati
     body = {
         "message_id": task.message_id,
         "original_queue": task.original_queue,
-        "original_payload": None if task.payload is None else base64.b64encode(task.payload).decode(),
+        "original_payload": base64.b64encode(task.payload).decode()
+        if with_payload and task.payload is not None
+        else None,
         "error_reason": task.error_reason,
         "retry_count": task.retry_count,
         "max_retries": task.max_retries,
@@ -76,12 +88,12 @@ def review_publication(task: ClaimedRetry, reason: str, queue: str) -> Publicati
     )
 
 
-def quarantine_publication(kept: ClaimedQuarantine, queue: str) -> Publication:
+def quarantine_publication(kept: ClaimedQuarantine, queue: str, *, with_payload: bool) -> Publication:
     """Return the message that tells people about malformed input. Its payload is the whole input, base64.
 
     Input above QUARANTINE_COPY_MAX_BYTES stays in the table; quarantine_id tells where.
     """
-    small = len(kept.raw_body) <= QUARANTINE_COPY_MAX_BYTES
+    small = with_payload and len(kept.raw_body) <= QUARANTINE_COPY_MAX_BYTES
     body = {
         "message_id": None,
         "original_queue": None,
@@ -103,10 +115,18 @@ def quarantine_publication(kept: ClaimedQuarantine, queue: str) -> Publication:
 
 
 class Publisher:
-    """Sends attempts and quarantined input, and returns what became of each."""
+    """Sends attempts and quarantined input, and returns what became of each.
 
-    def __init__(self, link: PublishLink, *, manual_review_queue: str) -> None:
+    What is suspected of making the broker close channels travels alone, one at a time, through a
+    connection of its own: there it can harm nobody, and its guilt is certain.
+    """
+
+    def __init__(
+        self, link: PublishLink, *, spare_link: Callable[[], PublishLink], manual_review_queue: str
+    ) -> None:
+        """spare_link: makes a link that is not running yet, for what must travel alone."""
         self._link = link
+        self._spare_link = spare_link
         self._review_queue = manual_review_queue
 
     async def publish(self, tasks: Sequence[ClaimedRetry], reasons: Sequence[str | None]) -> list[Outcome]:
@@ -114,13 +134,18 @@ class Publisher:
 
         Returns the outcomes in order. UNSENDABLE: no message can be made of it.
         """
-        return await self._send(
-            [self._build(task, reason) for task, reason in zip(tasks, reasons, strict=True)]
-        )
+        publications = [self._build(task, reason) for task, reason in zip(tasks, reasons, strict=True)]
+        return await self._send(publications, [task.claims_unsettled for task in tasks])
 
     async def publish_quarantined(self, kept: Sequence[ClaimedQuarantine]) -> list[Outcome]:
         """Send malformed input to manual review and return the outcomes in order."""
-        return await self._send([quarantine_publication(item, self._review_queue) for item in kept])
+        publications = [
+            quarantine_publication(
+                item, self._review_queue, with_payload=_payload_may_go(item.claims_unsettled)
+            )
+            for item in kept
+        ]
+        return await self._send(publications, [item.claims_unsettled for item in kept])
 
     async def restore_queues(self) -> None:
         """Create the manual review queue again, which seems to have been deleted. Raises Unavailable."""
@@ -128,14 +153,45 @@ class Publisher:
 
     def _build(self, task: ClaimedRetry, reason: str | None) -> Publication | None:
         try:
-            return (
-                retry_publication(task)
-                if reason is None
-                else review_publication(task, reason, self._review_queue)
-            )
+            if reason is None:
+                return retry_publication(task)
+            with_payload = _payload_may_go(task.claims_unsettled)
+            return review_publication(task, reason, self._review_queue, with_payload=with_payload)
         except ValueError:
             return None
 
-    async def _send(self, publications: Sequence[Publication | None]) -> list[Outcome]:
-        outcomes = iter(await self._link.publish([built for built in publications if built is not None]))
-        return [Outcome.UNSENDABLE if built is None else next(outcomes) for built in publications]
+    async def _send(
+        self, publications: Sequence[Publication | None], unsettled: Sequence[int]
+    ) -> list[Outcome]:
+        outcomes = [Outcome.UNSENDABLE] * len(publications)
+        together: list[tuple[int, Publication]] = []
+        alone: list[tuple[int, Publication]] = []
+        for place, (publication, claims) in enumerate(zip(publications, unsettled, strict=True)):
+            if publication is not None:
+                (alone if claims > ALONE_AFTER else together).append((place, publication))
+        if together:
+            results = await self._link.publish([publication for _, publication in together])
+            for (place, _), outcome in zip(together, results, strict=True):
+                outcomes[place] = outcome
+        if alone:
+            results = await self._send_alone([publication for _, publication in alone])
+            for (place, _), outcome in zip(alone, results, strict=True):
+                outcomes[place] = outcome
+        return outcomes
+
+    async def _send_alone(self, publications: Sequence[Publication]) -> list[Outcome]:
+        link = self._spare_link()
+        running = asyncio.create_task(link.run(), name="spare link")
+        try:
+            outcomes = []
+            for publication in publications:
+                await link.wait_until_ready(SPARE_LINK_TIMEOUT_S)
+                outcomes += await link.publish([publication])
+            return outcomes
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+def _payload_may_go(claims_unsettled: int) -> bool:
+    return claims_unsettled <= WITHOUT_PAYLOAD_AFTER

@@ -66,13 +66,18 @@ class Settlement(msgspec.Struct):
 
 
 class Release(msgspec.Struct):
-    """A claimed row that goes back. delay: None keeps the due time, as for a row that was never sent."""
+    """A claimed row that goes back.
+
+    failures: to be added. delay: None keeps the due time, as for a row that was never sent.
+    unsettled: claims in a row without an outcome; 0 unless the row is suspected.
+    """
 
     id: int
     claims: int
     failures: int = 0
     error: str | None = None
     delay: timedelta | None = None
+    unsettled: int = 0
 
 
 class Sighting(msgspec.Struct):
@@ -169,6 +174,7 @@ class Repository:
                 row["raw_body"],
                 row["received_at"].astimezone(UTC).isoformat(),
                 row["publish_failures"],
+                row["claims_unsettled"],
             )
             for row in rows
         ]
@@ -225,4 +231,5 @@ def _release_arguments(releases: Sequence[Release]) -> tuple[list[object], ...]:
         [release.failures for release in releases],
         [release.error for release in releases],
         [release.delay for release in releases],
+        [release.unsettled for release in releases],
     )

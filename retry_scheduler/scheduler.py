@@ -9,15 +9,13 @@ broker fills the hands, and claiming waits.
 
 import asyncio
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
 import structlog
 
 from retry_scheduler.agenda import HORIZON_S, Agenda
-from retry_scheduler.broker.publish_link import CONFIRM_TIMEOUT_S, PublishLink
-from retry_scheduler.database import CALL_TIMEOUT_S
+from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedRetry
 from retry_scheduler.observability import logs
@@ -37,10 +35,11 @@ MAX_IN_HAND = MAX_OUTSTANDING - MAX_QUARANTINED_IN_HAND
 CLAIM_ROWS = MAX_IN_HAND // 2
 CLAIM_BYTES = 16 * 1024 * 1024
 
-# Must cover the longest wait for a confirm and for the settling statement, twice over. Only a
-# fallback: the rows of an instance that has stopped beating are taken over after seconds.
-LEASE = timedelta(seconds=40)
-PUBLISH_BEFORE_S = LEASE.total_seconds() - CONFIRM_TIMEOUT_S - CALL_TIMEOUT_S
+# Only a fallback, should a living instance lose sight of a row: the rows of one that has stopped
+# beating are taken over after seconds. Much shorter and a long alarm of the broker, through which
+# publications stay outstanding, would end in duplicates.
+LEASE = timedelta(minutes=10)
+PUBLISH_BEFORE_S = LEASE.total_seconds() / 2
 
 FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 1.0
@@ -71,8 +70,7 @@ class Scheduler:
         self._poll_interval_s = poll_interval.total_seconds()
         self._in_hand = 0
         self._deliveries: set[asyncio.Task[None]] = set()
-        self._room = asyncio.Event()
-        self._beaten = asyncio.Event()
+        self._changed = link.changed  # also set when anything else changes that claiming waits for
         self._quarantined = asyncio.Event()
 
     def look_at_quarantine(self) -> None:
@@ -95,7 +93,7 @@ class Scheduler:
 
     async def run_once(self) -> bool:
         """Claim one batch and start its delivery. Returns whether more may be due. Raises Unavailable."""
-        limit_rows = min(CLAIM_ROWS, MAX_IN_HAND - self._in_hand)
+        limit_rows = max(self._claimable(), 1)
         claimed_at_s = time.monotonic()
         tasks = await self._repository.claim_due(self._lease(limit_rows))
         if tasks:
@@ -119,7 +117,7 @@ class Scheduler:
             if sighting is None:
                 return
         presence.beaten(sent_at_s)
-        self._beaten.set()
+        self._changed.set()
         self._agenda.expect(sighting.coming_s)
         if sighting.due_now:
             self._agenda.expect((0.0,))
@@ -139,7 +137,7 @@ class Scheduler:
             await self._agenda.wait(self._poll_interval_s)
             try:
                 while not stop.is_set():
-                    await self._wait_until_claiming_makes_sense(stop)
+                    await self._wait_until_claimable(stop)
                     if stop.is_set() or not await self.run_once():
                         break
                 pause_s = FIRST_PAUSE_S
@@ -149,17 +147,23 @@ class Scheduler:
                 pause_s = min(pause_s * 2, LAST_PAUSE_S)
                 self._agenda.expect((0.0,))  # what was due is due still
 
-    async def _wait_until_claiming_makes_sense(self, stop: asyncio.Event) -> None:
-        """Return once our leases can be trusted, the broker takes messages, and half a hand is free."""
-        while not stop.is_set() and self._presence.fenced(time.monotonic()):
-            self._beaten.clear()
-            await self._beaten.wait()
-        while not stop.is_set() and not self._link.ready:
-            self._link.ready_changed.clear()
-            await self._link.ready_changed.wait()
-        while not stop.is_set() and MAX_IN_HAND - self._in_hand < CLAIM_ROWS:
-            self._room.clear()
-            await self._room.wait()
+    def _claimable(self) -> int:
+        """How many rows it makes sense to claim now.
+
+        None while our leases cannot be trusted, the broker takes no messages, or less than half a
+        hand is free; one through a connection that has not proven itself.
+        """
+        if self._presence.fenced(time.monotonic()) or not self._link.ready:
+            return 0
+        if not self._link.proven:
+            return 0 if self._in_hand else 1
+        room = MAX_IN_HAND - self._in_hand
+        return min(room, CLAIM_ROWS) if room >= CLAIM_ROWS else 0
+
+    async def _wait_until_claimable(self, stop: asyncio.Event) -> None:
+        while not stop.is_set() and not self._claimable():
+            self._changed.clear()
+            await self._changed.wait()
 
     async def _deliver(self, tasks: list[ClaimedRetry], claimed_at_s: float) -> None:
         try:
@@ -169,12 +173,12 @@ class Scheduler:
                 await self._settler.give_back(tasks)
             else:
                 await self._settler.deliver(tasks, claimed_at_s)
-        except Exception:
-            # The rows stay claimed until the lease runs out; then they are tried again.
+        except Exception:  # a bug of ours: whatever was published is published once more, later
             log.exception("Failed to deliver a batch", rows=len(tasks))
+            await self._settler.put_off(tasks)
         finally:
             self._in_hand -= len(tasks)
-            self._room.set()
+            self._changed.set()
 
     async def _deliver_quarantined(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -182,7 +186,8 @@ class Scheduler:
             self._quarantined.clear()
             try:
                 while self._link.ready and not stop.is_set():
-                    kept = await self._repository.claim_quarantined(self._lease(MAX_QUARANTINED_IN_HAND))
+                    limit_rows = MAX_QUARANTINED_IN_HAND if self._link.proven else 1
+                    kept = await self._repository.claim_quarantined(self._lease(limit_rows))
                     if not kept:
                         break
                     await self._settler.deliver_quarantined(kept)
@@ -202,14 +207,8 @@ class Scheduler:
     async def _wake_everybody_at(self, stop: asyncio.Event) -> None:
         await stop.wait()
         self._agenda.expect((0.0,))
-        wake: tuple[Callable[[], None], ...] = (
-            self._link.ready_changed.set,
-            self._room.set,
-            self._beaten.set,
-            self._quarantined.set,
-        )
-        for each in wake:
-            each()
+        self._changed.set()
+        self._quarantined.set()
 
     def _lease(self, limit_rows: int) -> Lease:
         return Lease(self._presence.id, LEASE, limit_rows, CLAIM_BYTES)

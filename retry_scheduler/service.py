@@ -86,12 +86,16 @@ class Service:
             name=f"{settings.service_name} consumer {self._name}",
             on_problem=self._report_intake_problem,
         )
-        self._link = PublishLink(
-            url,
-            queues=queues,
-            name=f"{settings.service_name} publisher {self._name}",
-            on_problem=self._report_publish_problem,
-        )
+
+        def publish_link(purpose: str) -> PublishLink:
+            return PublishLink(
+                url,
+                queues=queues,
+                name=f"{settings.service_name} {purpose} {self._name}",
+                on_problem=self._report_publish_problem,
+            )
+
+        self._link = publish_link("publisher")
         policy = BackoffPolicy(
             base=timedelta(milliseconds=settings.base_delay_ms),
             cap=timedelta(milliseconds=settings.max_delay_ms),
@@ -99,7 +103,11 @@ class Service:
         )
         settler = Settler(
             self._repository,
-            Publisher(self._link, manual_review_queue=settings.manual_review_queue),
+            Publisher(
+                self._link,
+                spare_link=lambda: publish_link("spare publisher"),
+                manual_review_queue=settings.manual_review_queue,
+            ),
             self._agenda,
             self._metrics,
             policy=policy,

@@ -3,6 +3,8 @@
     claimed --publish--> confirmed            -> retried, or failed if it went to manual review
                          returned or refused  -> back to pending, due again later, one failure more
                          unknown              -> back to pending, due again soon, same x-retry-id
+                         suspect              -> the same, and from now on it travels alone; after
+                                                 three such journeys it goes to manual review
                          not sent             -> back to pending as it was
                          unsendable           -> manual review, in the same breath
 
@@ -28,7 +30,7 @@ from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
-from retry_scheduler.publisher import Publisher
+from retry_scheduler.publisher import ALONE_AFTER, UNPUBLISHABLE_AFTER, Publisher
 from retry_scheduler.repository import Release, Repository, Settlement
 
 log = structlog.get_logger()
@@ -38,6 +40,9 @@ Result = TypeVar("Result")
 # An unknown publication waits until the connection is back; at random, so that a thousand of them
 # do not come back together.
 UNKNOWN_DELAY = timedelta(seconds=1)
+
+# After a bug: seldom enough not to fill the log.
+FAILED_DELAY = timedelta(seconds=5)
 
 FIRST_PAUSE_S = 0.05
 LAST_PAUSE_S = 1.0
@@ -108,6 +113,14 @@ class Settler:
             await _until_possible(lambda: self._repository.release(releases), logs.SETTLE_FAILED)
         )
 
+    async def put_off(self, tasks: Sequence[ClaimedRetry]) -> None:
+        """Give attempts back whose delivery failed in a way that nobody has foreseen."""
+        releases = [
+            Release(task.id, task.claims, delay=FAILED_DELAY, unsettled=task.claims_unsettled)
+            for task in tasks
+        ]
+        await _until_possible(lambda: self._repository.release(releases), logs.SETTLE_FAILED)
+
     async def deliver_quarantined(self, kept: Sequence[ClaimedQuarantine]) -> None:
         """Publish malformed input to manual review and note what has arrived there."""
         outcomes = await self._publisher.publish_quarantined(kept)
@@ -136,6 +149,8 @@ class Settler:
             return "exhausted"
         if task.publish_failures >= self._max_publish_failures:
             return "unroutable"
+        if task.claims_unsettled > UNPUBLISHABLE_AFTER:
+            return "unpublishable"
         return None
 
     def _release(
@@ -144,9 +159,11 @@ class Settler:
         if outcome is Outcome.NOT_SENT:
             return Release(task.id, task.claims)
         roll = random.random()
-        if outcome is Outcome.UNKNOWN:
+        if outcome in (Outcome.UNKNOWN, Outcome.SUSPECT):
             self._metrics.unknown.inc()
-            return Release(task.id, task.claims, error=outcome.value, delay=UNKNOWN_DELAY * (1 + roll))
+            suspected = max(task.claims_unsettled, ALONE_AFTER) if outcome is Outcome.SUSPECT else 0
+            delay = UNKNOWN_DELAY * (1 + roll)
+            return Release(task.id, task.claims, error=outcome.value, delay=delay, unsettled=suspected)
         failures = task.publish_failures + 1
         delay = delay_before_republish(failures, self._policy, roll)
         if reason is None and isinstance(task, ClaimedRetry):

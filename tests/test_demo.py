@@ -1,4 +1,4 @@
-"""The demo comes out right as its users run it, and leaves nothing behind (its judgement: test_demo_summary)."""
+"""The demo comes out right, run as its users run it, and leaves nothing behind. See test_demo_summary too."""
 
 import asyncio
 import re
@@ -44,10 +44,10 @@ def test_without_rabbitmq_the_demo_says_how_to_install_it(
 
     code = show.run_demo(keep=False)
 
-    said = capsys.readouterr()
+    shown = capsys.readouterr()
     assert code == 69
-    assert "apt-get install --no-install-recommends rabbitmq-server" in said.err
-    assert not folder_in(said.out).exists()
+    assert "apt-get install --no-install-recommends rabbitmq-server" in shown.err
+    assert not folder_in(shown.out).exists()
 
 
 @pytest.mark.usefixtures("rabbitmq_is_installed")

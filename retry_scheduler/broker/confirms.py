@@ -5,7 +5,8 @@ a time or "this one and all before it". A returned message is confirmed too, rig
 return, so a return must be noted under a key of ours: the header x-retry-id.
 
 States of a publication: outstanding -> confirmed | returned | refused, or unknown if the channel
-closes first. Unknown may have been delivered: it is published again later under the same key.
+closes first (suspect if the broker closed it over something that was sent). Unknown may have been
+delivered: it is published again later under the same key.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ class Outcome(Enum):
     RETURNED = "returned"  # no such queue; certainly not delivered
     REFUSED = "refused"  # the broker said no (nack); certainly not delivered
     UNKNOWN = "unknown"  # sent, and no answer will come; perhaps delivered
+    SUSPECT = "suspect"  # unknown, and perhaps what made the broker close the channel
     NOT_SENT = "not sent"  # certainly not delivered, and not the message's fault
     UNSENDABLE = "unsendable"  # certainly not delivered: AMQP cannot carry it
 
@@ -90,11 +92,11 @@ class ConfirmLedger:
                 break
             self._settle(first, accepted)
 
-    def close(self) -> int:
-        """The channel is gone: what is outstanding stays unknown. Return how many that were."""
+    def close(self, outcome: Outcome = Outcome.UNKNOWN) -> int:
+        """The channel is gone: what is outstanding stays unknown, or suspect. Return how many that were."""
         count = len(self._outstanding)
         for batch, place, _ in self._outstanding.values():
-            batch.settle(place, Outcome.UNKNOWN)
+            batch.settle(place, outcome)
         self._outstanding.clear()
         self._tags.clear()
         self._returned.clear()

@@ -33,9 +33,16 @@ CLOSE_TIMEOUT_S = 2.0
 FIRST_BACKOFF_S = 0.2
 LAST_BACKOFF_S = 3.0
 
+# Reply codes with which a broker answers a message it cannot take: precondition failed (too large, a
+# property it refuses), frame error, syntax error. Others tell of the broker's or an operator's doings.
+_CONTENT_FAULTS = (406, 501, 502)
+
 
 class Connection:
-    """One open connection with one open channel. Made by `connect`; of no use once `closed` is done."""
+    """One open connection with one open channel. Made by `connect`; of no use once `closed` is done.
+
+    closed: done with the reason. closed_over_content: the broker ended it over something that was sent.
+    """
 
     def __init__(self, raw: WireConnection, channel: Any) -> None:
         self._raw = raw
@@ -43,6 +50,7 @@ class Connection:
         self.channel = channel
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.on_blocked: Callable[[bool], None] = lambda blocked: None
+        self.closed_over_content = False
         self._gone = asyncio.Event()
         self._trip: asyncio.Task[Any] | None = None
         raw.add_on_close_callback(lambda _, reason: self._note_gone(reason))
@@ -97,6 +105,7 @@ class Connection:
 
     def _note_closed(self, reason: object) -> None:
         if not self.closed.done():
+            self.closed_over_content = getattr(reason, "reply_code", None) in _CONTENT_FAULTS
             self.closed.set_result(describe(reason))
 
 

@@ -96,6 +96,17 @@ def text_headers(raw: bytes, names: Collection[str]) -> dict[str, str]:
     return found
 
 
+def integer_header(raw: bytes, name: str) -> int | None:
+    """Return the header `name` if it is there as a signed 64-bit integer, as we send ours; never raises."""
+    try:
+        for key, tag, value in _entries(raw):
+            if key == name.encode() and tag == b"l":
+                return int.from_bytes(value, "big", signed=True)
+    except (struct.error, IndexError, ValueError):
+        pass
+    return None
+
+
 def _entries(raw: bytes) -> Any:
     """Yield (name, type tag, value bytes without length) of each top-level header."""
     (flags,) = struct.unpack_from(">H", raw)

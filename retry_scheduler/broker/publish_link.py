@@ -1,14 +1,21 @@
 """Publishes batches, mandatory and confirmed, learns what became of each message, and reconnects by itself.
 
-    connecting -> ready <-> blocked (a broker alarm)      `ready_changed` wakes whoever waits for it
-         ^---------------------'  connection or channel lost: outstanding publications become unknown
+    connecting -> ready -> proven (a first confirm)       `changed` wakes whoever waits for a new state
+         ^          `--<-> blocked (a broker alarm)
+         `-- connection or channel lost: outstanding publications become unknown
 
 A confirm that does not come in time means the same as a lost channel: nobody knows. The connection
-is dropped and never used again, since a late confirm could otherwise be taken for another's.
+is dropped and never used again, since a late confirm could otherwise be taken for another's. A
+blocked broker is no reason to do so: it confirms when the alarm is over.
+
+A broker with an alarm says so only after something was published. Callers send one message through
+a connection that is not proven, so that an alarm does not swallow a batch at each reconnect.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pika.exceptions import AMQPError
@@ -56,7 +63,9 @@ class PublishLink:
         self._connection: Connection | None = None
         self._ledger = ConfirmLedger()
         self._blocked = False
-        self.ready_changed = asyncio.Event()
+        self._unblocked_at_s = 0.0
+        self._proven = False
+        self.changed = asyncio.Event()
 
     @property
     def up(self) -> bool:
@@ -73,14 +82,28 @@ class PublishLink:
         """Whether publishing makes sense now."""
         return self.up and not self._blocked
 
+    @property
+    def proven(self) -> bool:
+        """Whether this connection has confirmed something: then it can be trusted with a batch."""
+        return self.ready and self._proven
+
     async def run(self) -> None:
         """Stay connected until cancelled."""
         await keep_linked(self._session, on_problem=self._on_problem)
 
+    async def wait_until_ready(self, seconds: float) -> None:
+        """Return when publishing makes sense, or after `seconds`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.ready:
+                    self.changed.clear()
+                    await self.changed.wait()
+
     async def publish(self, publications: Sequence[Publication]) -> list[Outcome]:
         """Send all, wait for the broker's answers, and return the outcomes in the same order.
 
-        Returns within about CONFIRM_TIMEOUT_S. Never raises: trouble is an outcome.
+        Returns within about CONFIRM_TIMEOUT_S, or that long after an alarm is over. Never raises:
+        trouble is an outcome.
         """
         connection, ledger = self._connection, self._ledger
         batch = ConfirmBatch(len(publications))
@@ -94,10 +117,9 @@ class PublishLink:
                 for place in run:
                     self._send(connection, ledger, batch, place, publications[place])
             await asyncio.sleep(0)
-        try:
-            async with asyncio.timeout(CONFIRM_TIMEOUT_S):
-                await batch.done.wait()
-        except TimeoutError:
+        while not await _done_within(batch, CONFIRM_TIMEOUT_S):
+            if connection is self._connection and self._alarm_within(CONFIRM_TIMEOUT_S):
+                continue
             if connection is not None:
                 connection.cut("a confirm did not come in time")
             ledger.close()
@@ -145,21 +167,36 @@ class PublishLink:
                 )
             )
             await connection.call(
-                connection.channel.confirm_delivery, lambda frame: _answer(ledger, frame.method)
+                connection.channel.confirm_delivery, lambda frame: self._answer(ledger, frame.method)
             )
-            self._connection, self._ledger, self._blocked = connection, ledger, False
-            self.ready_changed.set()
+            self._connection, self._ledger = connection, ledger
+            self._blocked = self._proven = False
+            self.changed.set()
             raise Unavailable(SERVER, await asyncio.shield(connection.closed))
         finally:
-            self._connection, self._blocked = None, False
-            self.ready_changed.set()
-            ledger.close()
+            self._connection = None
+            self._blocked = self._proven = False
+            self.changed.set()
+            ledger.close(Outcome.SUSPECT if connection.closed_over_content else Outcome.UNKNOWN)
             await connection.close()
 
     def _note_blocked(self, blocked: bool) -> None:
         self._blocked = blocked
-        self.ready_changed.set()
+        self._unblocked_at_s = time.monotonic()
+        self.changed.set()
+
+    def _alarm_within(self, seconds: float) -> bool:
+        return self._blocked or time.monotonic() - self._unblocked_at_s < seconds
+
+    def _answer(self, ledger: ConfirmLedger, method: Any) -> None:
+        self._proven = True
+        ledger.answered(method.delivery_tag, multiple=method.multiple, accepted=method.NAME == "Basic.Ack")
 
 
-def _answer(ledger: ConfirmLedger, method: Any) -> None:
-    ledger.answered(method.delivery_tag, multiple=method.multiple, accepted=method.NAME == "Basic.Ack")
+async def _done_within(batch: ConfirmBatch, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await batch.done.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -74,11 +74,11 @@ class _Demo:
         except* asyncio.CancelledError:
             if self._code is None:
                 self._code = 128 + (self._signal or 0)
-        if self._last_words:
-            self._complain(self._last_words)
-        self._say(
-            f"Took {time.monotonic() - self._began:.1f} s. Everything is stopped, and the folder removed."
-        )
+        finally:
+            if self._last_words:
+                self._complain(self._last_words)
+            took_s = time.monotonic() - self._began
+            self._say(f"Took {took_s:.1f} s. Everything is stopped, and the folder removed.")
         return EX_WRONG if self._code is None else self._code
 
     async def _run_on_stage(self) -> None:
@@ -90,7 +90,8 @@ class _Demo:
         try:
             await self._perform(stage)
         except (PrivateServerError, Unavailable, ExceptionGroup):
-            self._last_words = stage.keep_log()
+            if self._signal is None:  # otherwise it is the terminal that is gone, say
+                self._last_words = stage.keep_log()
             raise
 
     async def _perform(self, stage: Stage) -> None:

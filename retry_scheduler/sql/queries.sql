@@ -85,12 +85,13 @@ WITH due AS MATERIALIZED (  -- a fence: joined inline, the planner may lend more
      WHERE total_bytes <= $4 OR total_bytes = payload_bytes
 )
 UPDATE retry_queue AS task
-   SET claimed_until = now() + $2::interval, claimed_by = $3, claims = task.claims + 1
+   SET claimed_until = now() + $2::interval, claimed_by = $3, claims = task.claims + 1,
+       claims_unsettled = task.claims_unsettled + 1
   FROM lent
   LEFT JOIN retry_payload AS body ON body.id = lent.id
  WHERE task.id = lent.id
 RETURNING task.id, task.claims, task.message_id, task.original_queue, task.error_reason, task.retry_count,
-          task.max_retries, task.publish_failures, task.traceparent, task.tracestate, body.payload,
+          task.max_retries, task.publish_failures, task.claims_unsettled, task.traceparent, task.tracestate, body.payload,
           extract(epoch FROM clock_timestamp() - task.next_retry_at)::float8 AS late_s;
 
 -- name: complete
@@ -116,14 +117,15 @@ SELECT task.id
 -- name: release
 -- Give attempts back: returned, refused or unknown ones with a new due time, unpublished ones as they were.
 -- $1 ids bigint[]; $2 claims int[]; $3 failures int[] to add; $4 errors text[], NULL keeps the last;
--- $5 delays interval[], NULL keeps the due time. Returns id and due_in (seconds) of those given back.
+-- $5 delays interval[], NULL keeps the due time; $6 claims_unsettled int[], 0 if the outcome was known.
+-- Returns id and due_in (seconds) of those given back.
 UPDATE retry_queue AS task
-   SET claimed_by = NULL, claimed_until = NULL,
+   SET claimed_by = NULL, claimed_until = NULL, claims_unsettled = given.unsettled,
        publish_failures = task.publish_failures + given.failures,
        last_error = coalesce(given.error, task.last_error),
        next_retry_at = coalesce(clock_timestamp() + given.delay, task.next_retry_at)
-  FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[])
-    AS given (id, claims, failures, error, delay)
+  FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[], $6::integer[])
+    AS given (id, claims, failures, error, delay, unsettled)
  WHERE task.id = given.id AND task.claims = given.claims AND task.status = 'pending'
 RETURNING task.id, extract(epoch FROM task.next_retry_at - clock_timestamp())::float8 AS due_in;
 
@@ -145,10 +147,12 @@ WITH due AS MATERIALIZED (
      WHERE total_bytes <= $4 OR total_bytes = body_bytes
 )
 UPDATE retry_quarantine AS kept
-   SET claimed_until = now() + $2::interval, claimed_by = $3, claims = kept.claims + 1
+   SET claimed_until = now() + $2::interval, claimed_by = $3, claims = kept.claims + 1,
+       claims_unsettled = kept.claims_unsettled + 1
   FROM lent
  WHERE kept.id = lent.id
-RETURNING kept.id, kept.claims, kept.field, kept.reason, kept.raw_body, kept.received_at, kept.publish_failures;
+RETURNING kept.id, kept.claims, kept.field, kept.reason, kept.raw_body, kept.received_at, kept.publish_failures,
+          kept.claims_unsettled;
 
 -- name: complete_quarantined
 -- Note that manual review has got them. $1 ids bigint[]; $2 claims int[]. Returns the ids noted.
@@ -159,15 +163,14 @@ UPDATE retry_quarantine AS kept
 RETURNING kept.id;
 
 -- name: release_quarantined
--- Give back what was not confirmed. $1 ids; $2 claims; $3 failures to add; $4 errors; $5 delays as in release.
--- Returns the ids given back.
+-- Give back what was not confirmed. Parameters as in release. Returns the ids given back.
 UPDATE retry_quarantine AS kept
-   SET claimed_by = NULL, claimed_until = NULL,
+   SET claimed_by = NULL, claimed_until = NULL, claims_unsettled = given.unsettled,
        publish_failures = kept.publish_failures + given.failures,
        last_error = coalesce(given.error, kept.last_error),
        next_try_at = coalesce(clock_timestamp() + given.delay, kept.next_try_at)
-  FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[])
-    AS given (id, claims, failures, error, delay)
+  FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[], $6::integer[])
+    AS given (id, claims, failures, error, delay, unsettled)
  WHERE kept.id = given.id AND kept.claims = given.claims AND kept.delivered_at IS NULL
 RETURNING kept.id;
 

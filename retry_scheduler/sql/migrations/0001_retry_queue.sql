@@ -24,6 +24,8 @@ CREATE TABLE retry_queue (
     claimed_by       uuid,
     claimed_until    timestamptz,
     claims           integer     NOT NULL DEFAULT 0,
+    -- Claims in a row that ended without an outcome, as when the process died: evidence of a poison.
+    claims_unsettled integer     NOT NULL DEFAULT 0,
     UNIQUE (message_id, retry_count)
 ) WITH (
     -- Half of each page stays free, so that claiming a row is a HOT update that touches no index.
@@ -74,7 +76,8 @@ CREATE TABLE retry_quarantine (
     last_error       text,
     claimed_by       uuid,
     claimed_until    timestamptz,
-    claims           integer     NOT NULL DEFAULT 0
+    claims           integer     NOT NULL DEFAULT 0,
+    claims_unsettled integer     NOT NULL DEFAULT 0
 );
 ALTER TABLE retry_quarantine ALTER COLUMN raw_body SET STORAGE EXTERNAL;
 CREATE INDEX idx_retry_quarantine_waiting ON retry_quarantine (next_try_at, id) WHERE delivered_at IS NULL;
