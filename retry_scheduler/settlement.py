@@ -163,6 +163,8 @@ class Settler:
             self._metrics.unknown.inc()
             suspected = max(task.claims_unsettled, ALONE_AFTER) if outcome is Outcome.SUSPECT else 0
             delay = UNKNOWN_DELAY * (1 + roll)
+            event = logs.RETRY_SUSPECT if suspected else logs.RETRY_UNKNOWN
+            log.warning(event, **_fields(task), review_reason=reason)
             return Release(task.id, task.claims, error=outcome.value, delay=delay, unsettled=suspected)
         failures = task.publish_failures + 1
         delay = delay_before_republish(failures, self._policy, roll)
@@ -172,7 +174,7 @@ class Settler:
                 delay = timedelta(0)  # the next stop is manual review: waiting helps nobody
         log.warning(
             logs.RETRY_NOT_DELIVERED,
-            **(_fields(task) if isinstance(task, ClaimedRetry) else {"quarantine_id": task.id}),
+            **_fields(task),
             outcome=outcome.value,
             review_reason=reason,
             publish_failures=failures,
@@ -225,7 +227,9 @@ async def _until_possible(call: Callable[[], Awaitable[Result]], failed: str) ->
         pause_s = min(pause_s * 2, LAST_PAUSE_S)
 
 
-def _fields(task: ClaimedRetry) -> dict[str, object]:
+def _fields(task: ClaimedRetry | ClaimedQuarantine) -> dict[str, object]:
+    if isinstance(task, ClaimedQuarantine):
+        return {"quarantine_id": task.id, "field": task.field}
     return {
         "message_id": task.message_id,
         "original_queue": task.original_queue,

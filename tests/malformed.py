@@ -138,12 +138,18 @@ BODIES = [
     Malformed("a byte order mark", b"\xef\xbb\xbf" + GOOD, "body"),
     Malformed("gzip", gzip.compress(GOOD), "body"),
     Malformed("bytes that are not UTF-8", bytes(range(128, 256)), "body"),
-    Malformed("UTF-8 broken in a field that is ignored", make_request(note="x").replace(b'"x"', b'"\xff"'), "body"),
-    Malformed("a surrogate written in UTF-8", make_request(note="x").replace(b'"x"', b'"\xed\xa0\x80"'), "body"),
+    Malformed(
+        "UTF-8 broken in a field that is ignored", make_request(note="x").replace(b'"x"', b'"\xff"'), "body"
+    ),
+    Malformed(
+        "a surrogate written in UTF-8", make_request(note="x").replace(b'"x"', b'"\xed\xa0\x80"'), "body"
+    ),
     Malformed("NaN", make_raw_request(retry_count="NaN"), "body"),
     Malformed("Infinity in a field that is ignored", make_raw_request(note="Infinity"), "body"),
     Malformed("a hundred thousand brackets", b"[" * 100_000, "body"),
-    Malformed("an ignored field of a hundred thousand brackets", GOOD[:-1] + b', "x": ' + b"[" * 100_000, "body"),
+    Malformed(
+        "an ignored field of a hundred thousand brackets", GOOD[:-1] + b', "x": ' + b"[" * 100_000, "body"
+    ),
 ]
 
 # The last value would win in most parsers, the first in some: nobody knows which one was meant.

@@ -45,7 +45,9 @@ class RawPublisher:
         self._socket.sendall(b"AMQP\x00\x00\x09\x01")
         self._expect(CONNECTION_START)
         login = f"\0{unquote(url.username or '')}\0{unquote(url.password or '')}".encode()
-        answer = struct.pack(">I", 0) + _short(b"PLAIN") + struct.pack(">I", len(login)) + login + _short(b"en_US")
+        answer = (
+            struct.pack(">I", 0) + _short(b"PLAIN") + struct.pack(">I", len(login)) + login + _short(b"en_US")
+        )
         self._method(0, CONNECTION_START_OK, answer)
         channel_max, self._frame_max, _ = struct.unpack(">HIH", self._expect(CONNECTION_TUNE))
         self._method(0, CONNECTION_TUNE_OK, struct.pack(">HIH", channel_max, self._frame_max, 0))

@@ -46,7 +46,9 @@ class Figures:
     """One reading of /metrics."""
 
     def __init__(self, text: str) -> None:
-        self._samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        self._samples = [
+            sample for family in text_string_to_metric_families(text) for sample in family.samples
+        ]
 
     @property
     def names(self) -> set[str]:
@@ -55,7 +57,9 @@ class Figures:
 
     def labels(self, name: str, label: str) -> set[str]:
         """Every value that `label` has on the series of `name`."""
-        return {sample.labels[label] for sample in self._samples if sample.name == name and label in sample.labels}
+        return {
+            sample.labels[label] for sample in self._samples if sample.name == name and label in sample.labels
+        }
 
     def value(self, name: str, **labels: str) -> float:
         """The sum of the series of `name` that carry `labels`; 0 without any."""
@@ -233,6 +237,7 @@ class StartService(Protocol):
     """Starts instances and returns when they are ready."""
 
     async def __call__(self, **settings: str) -> ServiceProcess: ...
+
 
 async def start_together(*services: ServiceProcess) -> None:
     """Start instances at the same time, and return when all are ready."""

@@ -263,7 +263,9 @@ async def test_what_was_accepted_while_the_service_was_down_is_delivered_when_it
     upstream.declare("orders", RETRY_QUEUE)
     service = await start_service()
     pending = [new_id() for _ in range(50)]
-    upstream.ask_for_many([make_request(message_id=message_id, retry_after_ms=2000) for message_id in pending])
+    upstream.ask_for_many(
+        [make_request(message_id=message_id, retry_after_ms=2000) for message_id in pending]
+    )
     await eventually(lambda: service.metrics().value("retries_scheduled_total") == 50)
     service.kill()
     waiting = [new_id() for _ in range(50)]

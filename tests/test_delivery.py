@@ -40,7 +40,12 @@ async def test_a_retry_carries_the_promised_properties_and_headers_and_nothing_o
 
     upstream.ask(
         make_request(message_id=message_id.upper(), retry_count=1, max_retries=3, error_reason="disk full"),
-        headers={"traceparent": TRACEPARENT, "tracestate": TRACESTATE, "x-secret": "of the request", "x-death": [{}]},
+        headers={
+            "traceparent": TRACEPARENT,
+            "tracestate": TRACESTATE,
+            "x-secret": "of the request",
+            "x-death": [{}],
+        },
         content_type="application/json",
         correlation_id="of the request",
         message_id="of the request",
@@ -125,7 +130,9 @@ async def test_an_error_reason_that_would_burst_a_frame_is_cut_and_still_deliver
     await start_service()
     upstream.declare("orders")
 
-    upstream.ask(make_request(error_reason="é" * 5_000_000), make_request(error_reason="a\0b \ud83d <\x1b[31m\u202e>"))
+    upstream.ask(
+        make_request(error_reason="é" * 5_000_000), make_request(error_reason="a\0b \ud83d <\x1b[31m\u202e>")
+    )
     messages = await upstream.receive("orders", 2)
 
     errors = {message.headers["x-original-error"] for message in messages}
@@ -149,9 +156,13 @@ async def test_by_default_retries_wait_2_4_8_and_16_s_plus_jitter_and_are_never_
         await eventually(lambda: len(receiver) >= 50, within=timedelta(seconds=10))
         received = receiver.messages
 
-    rows = await table.fetch("SELECT message_id, created_at, next_retry_at, finished_at, status FROM retry_queue")
+    rows = await table.fetch(
+        "SELECT message_id, created_at, next_retry_at, finished_at, status FROM retry_queue"
+    )
     assert len(rows) == len(ids)
-    waits = {str(row["message_id"]): (row["next_retry_at"] - row["created_at"]).total_seconds() for row in rows}
+    waits = {
+        str(row["message_id"]): (row["next_retry_at"] - row["created_at"]).total_seconds() for row in rows
+    }
     for key, count in ids.items():
         least = min(2.0 * 2**count, 60.0)
         # created_at and next_retry_at are two readings of the clock within one statement.
@@ -163,7 +174,9 @@ async def test_by_default_retries_wait_2_4_8_and_16_s_plus_jitter_and_are_never_
     late = [message.received_at_s - due[message.message_id].timestamp() for message in received]
     assert min(late) >= 0
     assert sorted(late)[len(late) // 2] < 0.25
-    scheduled = {event["message_id"]: event["next_retry_at"] for event in service.log_events("Retry scheduled")}
+    scheduled = {
+        event["message_id"]: event["next_retry_at"] for event in service.log_events("Retry scheduled")
+    }
     assert {key: datetime.fromisoformat(at) for key, at in scheduled.items()} == due
 
 
@@ -260,7 +273,9 @@ async def test_a_request_that_names_no_limit_gets_the_default_one(
     upstream.declare("orders")
     fields = {"message_id": new_id(), "original_payload": "aGk=", "original_queue": "orders"}
 
-    upstream.ask(json.dumps({**fields, "retry_count": 1}).encode(), json.dumps({**fields, "retry_count": 2}).encode())
+    upstream.ask(
+        json.dumps({**fields, "retry_count": 1}).encode(), json.dumps({**fields, "retry_count": 2}).encode()
+    )
     (message,) = await upstream.receive("orders", 1)
     (review,) = await upstream.receive(REVIEW_QUEUE, 1)
 

@@ -43,7 +43,9 @@ async def test_each_kind_of_malformed_input_goes_to_people_and_500_good_ones_are
         assert datetime.fromisoformat(review["failed_at"]).utcoffset() == timedelta(0)
         assert message.headers["x-review-reason"] == "malformed"
         assert "x-max-retries-exceeded" not in message.headers
-    rows = await table.fetch("SELECT field, raw_body, seen, delivered_at, publish_failures FROM retry_quarantine")
+    rows = await table.fetch(
+        "SELECT field, raw_body, seen, delivered_at, publish_failures FROM retry_quarantine"
+    )
     assert {(row["raw_body"], row["field"]) for row in rows} == set(fields.items())
     assert all(row["seen"] == 1 and row["delivered_at"] and row["publish_failures"] == 0 for row in rows)
     assert await table.statuses() == {"retried": GOOD_ONES}

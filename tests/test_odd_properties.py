@@ -39,8 +39,12 @@ TRACED = {
     "a byte array": header(b"x", b"x", long_string(bytes(range(256)))),
     "no value": header(b"x", b"V", b""),
     "a decimal": header(b"x", b"D", b"\xff" + struct.pack(">I", 1)),
-    "small numbers": header(b"b", b"b", b"\xff") + header(b"s", b"s", b"\xff\xff") + header(b"t", b"t", b"\x02"),
-    "unsigned numbers": header(b"B", b"B", b"\xff") + header(b"u", b"u", b"\xff\xff") + header(b"i", b"i", b"\xff" * 4),
+    "small numbers": header(b"b", b"b", b"\xff")
+    + header(b"s", b"s", b"\xff\xff")
+    + header(b"t", b"t", b"\x02"),
+    "unsigned numbers": header(b"B", b"B", b"\xff")
+    + header(b"u", b"u", b"\xff\xff")
+    + header(b"i", b"i", b"\xff" * 4),
     "nested tables and arrays": header(
         b"x-death", b"A", long_string(b"F" + long_string(header(b"when", b"T", b"\x7f" * 8)))
     ),

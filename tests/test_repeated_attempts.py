@@ -26,7 +26,9 @@ async def test_a_new_message_that_repeats_a_pending_attempt_changes_nothing(
     before = await table.row("SELECT * FROM retry_queue JOIN retry_payload USING (id)")
 
     upstream.ask(
-        make_request(message_id=message_id.upper(), original_payload="AAAA", error_reason="second", max_retries=9)
+        make_request(
+            message_id=message_id.upper(), original_payload="AAAA", error_reason="second", max_retries=9
+        )
     )
     await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="ignored") == 1)
 
@@ -46,7 +48,9 @@ async def test_a_new_message_that_repeats_an_executed_attempt_becomes_the_next_o
     await upstream.receive("orders", 1)
     await eventually(table.settled)
 
-    upstream.ask(make_request(message_id=message_id, retry_count=4, max_retries=10, original_payload="YWdhaW4="))
+    upstream.ask(
+        make_request(message_id=message_id, retry_count=4, max_retries=10, original_payload="YWdhaW4=")
+    )
     (again,) = await upstream.receive("orders", 1)
     await eventually(table.settled)
 
@@ -113,7 +117,8 @@ async def test_repetitions_in_one_batch_are_each_given_a_number_of_their_own(
         [f"{executed}:1", f"{executed}:2", f"{executed}:3", f"{counted}:0", f"{counted}:1"], 1
     )
     reasons = await table.fetch(
-        "SELECT error_reason FROM retry_queue WHERE message_id = $1 AND retry_count > 0 ORDER BY retry_count", executed
+        "SELECT error_reason FROM retry_queue WHERE message_id = $1 AND retry_count > 0 ORDER BY retry_count",
+        executed,
     )
     assert [row["error_reason"] for row in reasons] == ["copy 1", "copy 2", "copy 3"]
     assert await table.value("SELECT count(*) FROM retry_queue WHERE message_id = $1", pending) == 1
@@ -146,7 +151,11 @@ async def test_what_the_broker_delivers_again_changes_nothing_pending_or_execute
     service = await start_service()
     upstream.declare("orders")
     executed, pending = new_id(), new_id()
-    bodies = [make_request(message_id=executed), make_request(message_id=pending, retry_after_ms=AN_HOUR_MS), b"{"]
+    bodies = [
+        make_request(message_id=executed),
+        make_request(message_id=pending, retry_after_ms=AN_HOUR_MS),
+        b"{",
+    ]
     upstream.ask(*bodies)
     await upstream.receive("orders", 1)
     (review,) = await upstream.receive(REVIEW_QUEUE, 1)
@@ -189,4 +198,7 @@ async def test_two_instances_that_are_told_of_one_executed_attempt_store_each_re
         [f"{message_id}:{count}" for message_id in ids for count in range(1, 11)], 1
     )
     assert await table.statuses() == {"retried": 11 * len(ids)}
-    assert sum(service.metrics().value("retry_duplicates_total", kind="stored_as_next") for service in services) == 200
+    assert (
+        sum(service.metrics().value("retry_duplicates_total", kind="stored_as_next") for service in services)
+        == 200
+    )

@@ -67,7 +67,9 @@ def test_a_request_in_upper_and_lower_case_names_the_same_message() -> None:
 
 
 def test_the_nil_uuid_is_a_uuid() -> None:
-    assert parse(make_request(message_id="00000000-0000-0000-0000-000000000000")).message_id.startswith("0000")
+    assert parse(make_request(message_id="00000000-0000-0000-0000-000000000000")).message_id.startswith(
+        "0000"
+    )
 
 
 @pytest.mark.parametrize("payload", [b"", b"\0", b"h", b"hi", b"hi!", ALL_BYTES, ALL_BYTES * 1000])
@@ -148,7 +150,9 @@ def test_max_retries_from_0_to_1000_is_taken_as_told(retries: int) -> None:
 
 def test_what_is_not_told_takes_its_default() -> None:
     fewest = {
-        name: MISSING for name in request_fields() if name not in ("message_id", "original_payload", "original_queue")
+        name: MISSING
+        for name in request_fields()
+        if name not in ("message_id", "original_payload", "original_queue")
     }
 
     request = parse_request(make_request(**fewest), own_queues=(), default_max_retries=7)
@@ -185,7 +189,9 @@ def test_fields_that_the_contract_does_not_name_change_nothing(extra: dict[str, 
 def test_escapes_and_white_space_change_nothing() -> None:
     fields = request_fields(error_reason="no / disk", original_queue="bills")
     plain = json.dumps(fields)
-    escaped = plain.replace("retry_count", r"r\u0065try_count").replace("bills", r"b\u0069lls").replace("/", r"\/")
+    escaped = (
+        plain.replace("retry_count", r"r\u0065try_count").replace("bills", r"b\u0069lls").replace("/", r"\/")
+    )
 
     assert parse(escaped.encode()) == parse(plain.encode())
     assert parse(json.dumps(fields, indent=4).encode()) == parse(plain.encode())
@@ -198,7 +204,9 @@ def test_arbitrary_bytes_are_refused_and_nothing_else_is_raised(body: bytes) -> 
 
 
 @given(st.dictionaries(st.sampled_from([*request_fields(), "retry_after_ms", "note"]), json_values))
-def test_arbitrary_json_is_taken_or_refused_by_a_name_and_nothing_else_is_raised(fields: dict[str, Any]) -> None:
+def test_arbitrary_json_is_taken_or_refused_by_a_name_and_nothing_else_is_raised(
+    fields: dict[str, Any],
+) -> None:
     body = json.dumps(request_fields() | fields).encode()
 
     try:

@@ -39,7 +39,9 @@ def extra_copies(messages: Sequence[Message]) -> int:
 
 async def instance_id(table: Table, service: ServiceProcess) -> UUID:
     """The id under which an instance claims rows at this moment."""
-    owner = await table.value("SELECT id FROM retry_instance WHERE name LIKE '%:' || $1::text", str(service.pid))
+    owner = await table.value(
+        "SELECT id FROM retry_instance WHERE name LIKE '%:' || $1::text", str(service.pid)
+    )
     return UUID(str(owner))
 
 
@@ -54,7 +56,9 @@ async def test_20000_requests_through_two_instances_are_each_delivered_once(
 
     services = await asyncio.gather(*(start_service(RABBITMQ_PREFETCH="500") for _ in range(2)))
     await eventually(
-        lambda: upstream.depth("orders") >= len(ids), within=timedelta(seconds=90), every=timedelta(seconds=0.2)
+        lambda: upstream.depth("orders") >= len(ids),
+        within=timedelta(seconds=90),
+        every=timedelta(seconds=0.2),
     )
     took_s = monotonic() - began
     await eventually(table.settled)
@@ -86,7 +90,8 @@ async def test_sigterm_of_one_half_way_doubles_nothing_and_loses_nothing(
     ids = [new_id() for _ in range(8000)]
     asking = asyncio.create_task(
         asyncio.to_thread(
-            upstream.ask_for_many, [make_request(message_id=message_id, retry_after_ms=500) for message_id in ids]
+            upstream.ask_for_many,
+            [make_request(message_id=message_id, retry_after_ms=500) for message_id in ids],
         )
     )
     await eventually(lambda: executed(leaving) > 800, within=timedelta(seconds=30))
@@ -121,7 +126,9 @@ async def test_kill_9_of_one_half_way_loses_nothing_and_doubles_only_what_it_had
 
     with Receiver(upstream, "orders") as receiver:
         upstream.ask_for_many(bodies)
-        await eventually(lambda: len(receiver) >= 1500, within=timedelta(seconds=30), every=timedelta(milliseconds=5))
+        await eventually(
+            lambda: len(receiver) >= 1500, within=timedelta(seconds=30), every=timedelta(milliseconds=5)
+        )
         victim.kill()
         received_before = len(receiver)
         owner = await instance_id(table, victim)
@@ -141,7 +148,9 @@ async def test_kill_9_of_one_half_way_loses_nothing_and_doubles_only_what_it_had
         str(row["message_id"]): row["next_retry_at"].timestamp()
         for row in await table.fetch("SELECT message_id, next_retry_at FROM retry_queue")
     }
-    arrived = {message.message_id: message.received_at_s for message in reversed(messages)}  # the first copy counts
+    arrived = {
+        message.message_id: message.received_at_s for message in reversed(messages)
+    }  # the first copy counts
     late_s = {message_id: arrived[message_id] - due[message_id] for message_id in ids}
     duplicates = extra_copies(messages)
     record_property("killed_after_deliveries", received_before)
@@ -162,7 +171,9 @@ async def test_rows_that_a_killed_instance_had_claimed_and_not_sent_are_late_by_
     upstream.declare("orders")
     victim, survivor = await asyncio.gather(start_service(), start_service())
     upstream.ask_for_many([make_request(retry_after_ms=3_600_000) for _ in range(300)])
-    await eventually(lambda: sum(one.metrics().value("retries_scheduled_total") for one in (victim, survivor)) == 300)
+    await eventually(
+        lambda: sum(one.metrics().value("retries_scheduled_total") for one in (victim, survivor)) == 300
+    )
     owner = await instance_id(table, victim)
 
     # What the table looks like between a claim and the first byte to the broker. The moment is too short to hit.
@@ -189,7 +200,9 @@ async def test_rows_of_an_instance_that_is_alive_are_left_to_it(
     upstream.declare("orders")
     owner, other = await asyncio.gather(start_service(), start_service())
     upstream.ask(make_request(retry_after_ms=3_600_000))
-    await eventually(lambda: sum(one.metrics().value("retries_scheduled_total") for one in (owner, other)) == 1)
+    await eventually(
+        lambda: sum(one.metrics().value("retries_scheduled_total") for one in (owner, other)) == 1
+    )
     beats = await table.value("SELECT min(beat) FROM retry_instance")
 
     await table.fetch(
@@ -198,7 +211,8 @@ async def test_rows_of_an_instance_that_is_alive_are_left_to_it(
         await instance_id(table, owner),
     )
     await eventually(
-        lambda: table.value("SELECT min(beat) >= $1 FROM retry_instance", beats + 6), within=timedelta(seconds=10)
+        lambda: table.value("SELECT min(beat) >= $1 FROM retry_instance", beats + 6),
+        within=timedelta(seconds=10),
     )
 
     assert await table.statuses() == {"pending": 1}

@@ -24,7 +24,9 @@ async def test_a_returned_retry_stays_pending_with_its_count_and_arrives_when_it
 
     upstream.ask(make_request(message_id=message_id, retry_count=1, original_queue="later"))
     await eventually(lambda: failed_publications(service, "later") >= 3)
-    row = await table.row("SELECT status, retry_count, publish_failures, next_retry_at - created_at FROM retry_queue")
+    row = await table.row(
+        "SELECT status, retry_count, publish_failures, next_retry_at - created_at FROM retry_queue"
+    )
     upstream.declare("later")
     (message,) = await upstream.receive("later", 1)
     await eventually(table.settled)
@@ -132,7 +134,13 @@ async def test_one_id_in_flight_to_a_queue_and_to_nowhere_is_delivered_once_and_
 
     upstream.ask_for_many(
         [
-            make_request(message_id=message_id, retry_count=count, max_retries=9, original_queue=queue, retry_after_ms=300)
+            make_request(
+                message_id=message_id,
+                retry_count=count,
+                max_retries=9,
+                original_queue=queue,
+                retry_after_ms=300,
+            )
             for message_id in ids
             for count, queue in ((0, "orders"), (1, "nowhere"))
         ]
@@ -141,7 +149,9 @@ async def test_one_id_in_flight_to_a_queue_and_to_nowhere_is_delivered_once_and_
     reviews = await upstream.receive(REVIEW_QUEUE, 50)
     await eventually(table.settled)
 
-    assert sorted(message.retry_id for message in delivered) == sorted(f"{message_id}:0" for message_id in ids)
+    assert sorted(message.retry_id for message in delivered) == sorted(
+        f"{message_id}:0" for message_id in ids
+    )
     assert sorted(message.retry_id for message in reviews) == sorted(f"{message_id}:1" for message_id in ids)
 
 
@@ -153,7 +163,9 @@ async def test_a_manual_review_queue_deleted_at_run_time_is_created_again_and_no
     upstream.delete(REVIEW_QUEUE)
     exhausted = [new_id() for _ in range(20)]
 
-    upstream.ask(*[make_request(message_id=message_id, max_retries=0) for message_id in exhausted], b"malformed")
+    upstream.ask(
+        *[make_request(message_id=message_id, max_retries=0) for message_id in exhausted], b"malformed"
+    )
     reviews = await upstream.receive(REVIEW_QUEUE, 21)
     await eventually(table.settled)
 

@@ -99,14 +99,22 @@ class Upstream:
             return int(channel.queue_declare(queue, passive=True).method.message_count)
 
     def ask(
-        self, *bodies: bytes, queue: str = RETRY_QUEUE, headers: Mapping[str, Any] | None = None, **properties: Any
+        self,
+        *bodies: bytes,
+        queue: str = RETRY_QUEUE,
+        headers: Mapping[str, Any] | None = None,
+        **properties: Any,
     ) -> None:
         """Publish requests, and return when the broker has accepted every one."""
         with self.channel() as channel:
             channel.confirm_delivery()
             for body in bodies:
                 channel.basic_publish(
-                    "", queue, body, BasicProperties(delivery_mode=2, headers=headers, **properties), mandatory=True
+                    "",
+                    queue,
+                    body,
+                    BasicProperties(delivery_mode=2, headers=headers, **properties),
+                    mandatory=True,
                 )
 
     def ask_for_many(self, bodies: Sequence[bytes], queue: str = RETRY_QUEUE) -> None:

@@ -8,7 +8,6 @@ that fails, publish a retry request and wait for the confirm; acknowledge only t
 import asyncio
 import base64
 import json
-import struct
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NoReturn
@@ -16,7 +15,7 @@ from typing import NoReturn
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.intake_link import Delivery as Message
 from retry_scheduler.broker.intake_link import IntakeLink
-from retry_scheduler.broker.properties import encode_properties, text_headers
+from retry_scheduler.broker.properties import encode_properties, integer_header, text_headers
 from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
 from retry_scheduler.demo.evidence import Delivery
 from retry_scheduler.demo.invoices import Invoice
@@ -28,8 +27,6 @@ ORDERS = "orders"
 PAUSE_S = 0.06
 
 PREFETCH = 20
-
-_RETRY_COUNT = b"\x0dx-retry-count" + b"l"  # a header's name after its length, and the type: 64 bits
 
 
 class Team:
@@ -113,8 +110,7 @@ def retry_request(invoice: Invoice, payload: bytes, retry_count: int) -> bytes:
 
 def retry_count_in(properties: bytes) -> int:
     """Return the number in the header x-retry-count, 0 without it. properties: encoded, as they came."""
-    _, found, rest = properties.partition(_RETRY_COUNT)
-    return int(struct.unpack_from(">q", rest)[0]) if found else 0
+    return integer_header(properties, "x-retry-count") or 0
 
 
 def give_up(problem: Unavailable) -> NoReturn:

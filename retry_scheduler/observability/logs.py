@@ -23,6 +23,8 @@ import structlog
 RETRY_SCHEDULED = "Retry scheduled"
 RETRY_EXECUTED = "Retry executed successfully"
 RETRY_NOT_DELIVERED = "Retry not delivered - will be tried again"
+RETRY_UNKNOWN = "Retry outcome unknown - will be sent again under the same x-retry-id"
+RETRY_SUSPECT = "Retry may have closed the channel - will be sent again alone"
 RETRY_OVERTAKEN = "Retry settled by another instance"
 EXHAUSTED = "Max retries exceeded - moved to manual review"
 UNDELIVERABLE = "Retry undeliverable - moved to manual review"
