@@ -40,17 +40,20 @@ class Agenda:
                 if self._times[0] == grain:
                     self._changed.set()
 
-    async def wait(self, longest_s: float) -> None:
-        """Sleep until something is due, at most `longest_s`, and forget the times that have passed."""
+    async def wait(self, longest_s: float) -> bool:
+        """Sleep until something is due, at most `longest_s`, and forget the times that have passed.
+
+        Returns whether something is due.
+        """
         deadline = time.monotonic() + longest_s
         while True:
             now = time.monotonic()
             if self._times and self._times[0] * GRAIN_S <= now:
                 self._forget_until(now)
-                return
+                return True
             wake_at = min(deadline, self._times[0] * GRAIN_S) if self._times else deadline
             if wake_at <= now:
-                return
+                return False
             self._changed.clear()
             try:
                 async with asyncio.timeout(wake_at - now):

@@ -18,6 +18,8 @@ from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry, RetryReque
 
 Attempt = tuple[str, int]
 
+LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+
 
 class Stored(msgspec.Struct):
     """An attempt newly stored. due_in_s: seconds from the answer, by the database's clock."""
@@ -48,12 +50,14 @@ class Lease(msgspec.Struct, frozen=True):
 
     owner: the claiming instance. lasts: until others may take the row although the owner is in the
     register. limit_rows, limit_bytes: at least one row comes whatever its size, then as many as fit.
+    floor: nothing that is pending is due before it.
     """
 
     owner: UUID
     lasts: timedelta
     limit_rows: int
     limit_bytes: int
+    floor: datetime = LONG_AGO
 
 
 class Settlement(msgspec.Struct):
@@ -144,7 +148,7 @@ class Repository:
 
     async def claim_due(self, lease: Lease) -> list[ClaimedRetry]:
         """Borrow due attempts, the oldest ones, in no promised order; perhaps none."""
-        rows = await self._database.fetch("claim_due", *_claim_arguments(lease))
+        rows = await self._database.fetch("claim_due", *_claim_arguments(lease), lease.floor)
         return [ClaimedRetry(row[0], row[1], str(row[2]), *row[3:]) for row in map(tuple, rows)]
 
     async def complete(self, settlements: Sequence[Settlement]) -> set[int]:
@@ -203,14 +207,22 @@ class Repository:
         rows = await self._database.fetch("bury_instances", list(beats), list(beats.values()))
         return [row["name"] for row in rows]
 
-    async def beat(self, owner: UUID, look_ahead: timedelta) -> Sighting | None:
-        """Show that `owner` is alive and look at the table. None: the register does not know `owner`."""
-        rows = await self._database.fetch("beat", owner, look_ahead)
+    async def beat(self, owner: UUID, look_ahead: timedelta, floor: datetime) -> Sighting | None:
+        """Show that `owner` is alive and look at the table. None: the register does not know `owner`.
+
+        floor: nothing that is pending is due before it.
+        """
+        rows = await self._database.fetch("beat", owner, look_ahead, floor)
         if not rows:
             return None
         row = rows[0]
         beats = {UUID(bytes=id_.bytes): beat for id_, beat in zip(row["ids"], row["beats"], strict=True)}
         return Sighting(beats, row["due_now"], row["quarantined"], row["coming"])
+
+    async def search_floor(self) -> datetime:
+        """Return a due time below which nothing is pending, nor will be unless an operator says so."""
+        floor: datetime = (await self._database.fetch("search_floor"))[0]["floor"]
+        return floor
 
     async def queue_figures(self) -> tuple[int, float]:
         """Return how many attempts are pending and for how many seconds the oldest due one has been."""

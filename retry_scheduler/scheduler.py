@@ -21,7 +21,7 @@ from retry_scheduler.messages import ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.presence import BEAT_EVERY, Presence
-from retry_scheduler.repository import Lease, Repository
+from retry_scheduler.repository import LONG_AGO, Lease, Repository
 from retry_scheduler.settlement import Settler
 
 log = structlog.get_logger()
@@ -40,6 +40,11 @@ CLAIM_BYTES = 16 * 1024 * 1024
 # publications stay outstanding, would end in duplicates.
 LEASE = timedelta(minutes=10)
 PUBLISH_BEFORE_S = LEASE.total_seconds() / 2
+
+LOOK_AHEAD = timedelta(seconds=HORIZON_S)
+
+# Walking over some ten thousand dead index entries takes about this long.
+SLOW_SEARCH_S = 0.02
 
 FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 1.0
@@ -72,6 +77,8 @@ class Scheduler:
         self._deliveries: set[asyncio.Task[None]] = set()
         self._changed = link.changed  # also set when anything else changes that claiming waits for
         self._quarantined = asyncio.Event()
+        self._floor = LONG_AGO
+        self._claimed_since_search = False
 
     def look_at_quarantine(self) -> None:
         """Somebody has quarantined something that manual review should get."""
@@ -81,12 +88,14 @@ class Scheduler:
         """Work until `stop` is set and everything in hand is settled. One failing loop ends the others."""
         async with asyncio.TaskGroup() as loops:
             beat = loops.create_task(self._beat_for_ever(), name="beat")
+            search = loops.create_task(self._search_for_ever(), name="search")
             loops.create_task(self._wake_everybody_at(stop), name="wake at stop")
             quarantine = loops.create_task(self._deliver_quarantined(stop), name="quarantine")
             await self._deliver_due(stop)
             await quarantine
             while self._deliveries:
                 await asyncio.wait(set(self._deliveries))
+            search.cancel()
             beat.cancel()
         with suppress(Unavailable):  # otherwise the others will see the beat stand still
             await self._repository.leave_instances(self._presence.id)
@@ -97,6 +106,7 @@ class Scheduler:
         claimed_at_s = time.monotonic()
         tasks = await self._repository.claim_due(self._lease(limit_rows))
         if tasks:
+            self._claimed_since_search = True
             self._in_hand += len(tasks)
             delivery = asyncio.create_task(self._deliver(tasks, claimed_at_s), name="delivery")
             self._deliveries.add(delivery)
@@ -108,12 +118,12 @@ class Scheduler:
         """Show that this instance is alive, and learn what is coming. Raises Unavailable."""
         sent_at_s = time.monotonic()
         presence = self._presence
-        sighting = await self._repository.beat(presence.id, timedelta(seconds=HORIZON_S))
+        sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor)
         if sighting is None:  # just started, or buried by another instance
             presence.renew()
             await self._repository.join_instances(presence.id, self._name)
             sent_at_s = time.monotonic()
-            sighting = await self._repository.beat(presence.id, timedelta(seconds=HORIZON_S))
+            sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor)
             if sighting is None:
                 return
         presence.beaten(sent_at_s)
@@ -134,7 +144,8 @@ class Scheduler:
     async def _deliver_due(self, stop: asyncio.Event) -> None:
         pause_s = FIRST_PAUSE_S
         while not stop.is_set():
-            await self._agenda.wait(self._poll_interval_s)
+            if not await self._agenda.wait(self._poll_interval_s):
+                continue
             try:
                 while not stop.is_set():
                     await self._wait_until_claimable(stop)
@@ -202,7 +213,28 @@ class Scheduler:
             except Unavailable as problem:
                 self._metrics.reconnecting(problem.server)
                 log.warning(logs.POSTGRES_FAILED, error=problem.problem)
-            await asyncio.sleep(max(began_s + BEAT_EVERY.total_seconds() - time.monotonic(), 0.1))
+            period_s = min(BEAT_EVERY.total_seconds(), self._poll_interval_s)
+            await asyncio.sleep(max(began_s + period_s - time.monotonic(), period_s / 10))
+
+    async def _search_for_ever(self) -> None:
+        """Find out now and then where pending rows begin, if searching from the start has become slow.
+
+        It has when many settled rows wait for a vacuum that some old transaction holds up. Usually
+        there is no floor, and a row that an operator has moved far into the past is found by the
+        next look; with a floor it is found by the next search.
+        """
+        while True:
+            await asyncio.sleep(self._poll_interval_s)
+            if not self._claimed_since_search and self._floor == LONG_AGO:
+                continue
+            self._claimed_since_search = False
+            began_s = time.monotonic()
+            try:
+                floor = await self._repository.search_floor()
+            except Unavailable as problem:  # the floor that is known holds until the next search
+                log.error(logs.CLAIM_FAILED, error=problem.problem)
+                continue
+            self._floor = floor if time.monotonic() - began_s > SLOW_SEARCH_S else LONG_AGO
 
     async def _wake_everybody_at(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -211,4 +243,4 @@ class Scheduler:
         self._quarantined.set()
 
     def _lease(self, limit_rows: int) -> Lease:
-        return Lease(self._presence.id, LEASE, limit_rows, CLAIM_BYTES)
+        return Lease(self._presence.id, LEASE, limit_rows, CLAIM_BYTES, self._floor)

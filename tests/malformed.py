@@ -43,6 +43,7 @@ MESSAGE_IDS = [
     _wrong("with a space before", message_id=" " + ID),
     _wrong("of other digits", message_id=ID.replace("3", "\N{ARABIC-INDIC DIGIT THREE}")),
     _wrong("a list", message_id=[ID]),
+    _wrong("with half an emoji", message_id="\ud83d" + ID[1:]),
 ]
 
 PAYLOADS = [
@@ -73,6 +74,8 @@ PAYLOADS = [
     _wrong("of type buffer", original_payload={"type": "buffer", "data": [104]}),
     _wrong("without a type", original_payload={"data": [104]}),
     _wrong("an empty object", original_payload={}),
+    _wrong("with half an emoji", original_payload="aGk\ud83d"),
+    _wrong("of a type with half an emoji", original_payload={"type": "Buffer\ud83d", "data": []}),
 ]
 
 QUEUES = [
@@ -102,6 +105,7 @@ def _wrong_counts(field: str, above: int) -> list[Malformed]:
         _wrong("true", **{field: True}),
         _wrong("null", **{field: None}),
         _wrong("text", **{field: "1"}),
+        _wrong("half an emoji", **{field: "\ud83d"}),
         _wrong("1.5", **{field: 1.5}),
         _wrong("-1", **{field: -1}),
         _wrong("one too high", **{field: above}),

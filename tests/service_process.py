@@ -6,6 +6,7 @@ A test sees what an operator sees: pages, metrics, log lines, exit codes, and no
 import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -184,6 +185,10 @@ class ServiceProcess:
     def error_output(self) -> str:
         """What it wrote to standard error."""
         return self._errors.read_text() if self._errors.exists() else ""
+
+    def limit_file_size(self) -> None:
+        """Let every further write to its log fail, as on a full disk."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (0, 0))
 
     @property
     def rss_bytes(self) -> int:

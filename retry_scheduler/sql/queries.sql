@@ -65,13 +65,15 @@ RETURNING field;
 -- name: claim_due
 -- Lend due attempts to one instance, oldest first; the others pass over what it holds.
 -- $1 limit_rows int; $2 lasts interval; $3 owner uuid; $4 limit_bytes bigint: at least one row, then
--- as many as fit. A lease whose owner is not in the register (any more) counts for nothing.
+-- as many as fit; $5 floor timestamptz: nothing pending is older, see search_floor.
+-- A lease whose owner is not in the register (any more) counts for nothing.
 -- Returns the attempts lent, in no promised order; late_s is the time since they were due;
 -- payload is NULL where an operator has deleted it.
 WITH due AS MATERIALIZED (  -- a fence: joined inline, the planner may lend more than the limit
     SELECT id, next_retry_at, payload_bytes
       FROM retry_queue
      WHERE status = 'pending'
+       AND next_retry_at >= $5
        AND next_retry_at <= now()
        AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))
      ORDER BY next_retry_at, id
@@ -192,7 +194,7 @@ RETURNING instance.id, instance.name;
 
 -- name: beat
 -- Show that this instance is alive, and look at the table in the same breath.
--- $1 id uuid; $2 how far to look ahead, interval.
+-- $1 id uuid; $2 how far to look ahead, interval; $3 floor timestamptz, see search_floor.
 -- Returns no row if the register does not know the instance (any more), otherwise one row:
 -- others: ids, and their beats in the same order; due_now: is something due that nobody holds;
 -- quarantined: does a malformed message wait for manual review;
@@ -202,7 +204,7 @@ WITH mine AS (
 )
 SELECT others.ids, others.beats,
        EXISTS (SELECT 1 FROM retry_queue
-                WHERE status = 'pending' AND next_retry_at <= now()
+                WHERE status = 'pending' AND next_retry_at >= $3 AND next_retry_at <= now()
                   AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))) AS due_now,
        EXISTS (SELECT 1 FROM retry_quarantine
                 WHERE delivered_at IS NULL AND next_try_at <= now()
@@ -215,6 +217,14 @@ SELECT others.ids, others.beats,
   FROM mine,
        (SELECT coalesce(array_agg(id ORDER BY id), '{}') AS ids, coalesce(array_agg(beat ORDER BY id), '{}') AS beats
           FROM retry_instance WHERE id <> $1) AS others;
+
+-- name: search_floor
+-- Tell below which due time nothing can be pending, so that claiming need not wade through the index
+-- entries of settled rows: vacuum may not remove them while any old transaction is open.
+-- Ten seconds are taken off, twice a statement's timeout, for what is being stored right now.
+SELECT least(min(next_retry_at), clock_timestamp()) - interval '10 s' AS floor
+  FROM retry_queue
+ WHERE status = 'pending';
 
 -- name: queue_figures
 -- Count what waits. Returns one row: depth; oldest_due_s, 0 if nothing is due.
