@@ -59,6 +59,10 @@ class _Connection(asyncpg.Connection):
         return ""
 
 
+class _ReadOnly(Unavailable):
+    """This connection's server takes no writes."""
+
+
 class Database:
     """A pool of connections. `open` may be called again after `Unavailable`; `close` may be called twice."""
 
@@ -106,9 +110,8 @@ class Database:
                 asyncio.timeout(PROBE_TIMEOUT_S),
                 self._connection(acquire_s=PROBE_TIMEOUT_S, use_s=PROBE_TIMEOUT_S) as connection,
             ):
-                writable = await connection.fetchval(query("server_state"))
-        if not writable:
-            raise Unavailable(SERVER, "takes no writes: it is a standby or set to read only")
+                if not await connection.fetchval(query("server_state")):
+                    raise _ReadOnly(SERVER, "takes no writes: it is a standby or set to read only")
 
     @asynccontextmanager
     async def _connection(
@@ -122,9 +125,7 @@ class Database:
         try:
             async with asyncio.timeout(use_s):
                 yield connection
-        except (TimeoutError, asyncio.CancelledError, asyncpg.InternalClientError):
-            # Giving it back would wait until the server has cancelled the statement, and a frozen
-            # server never does. A connection whose state the driver has lost must not be lent again.
+        except _MUST_NOT_BE_LENT_AGAIN:
             connection.terminate()
             raise
         finally:
@@ -154,6 +155,18 @@ class Database:
             "timeout": CONNECT_TIMEOUT_S,
             "server_settings": SESSION,
         }
+
+
+# A connection that did not answer in time: giving it back would wait until the server has cancelled
+# the statement, and a frozen server never does. One whose state the driver has lost. One that is
+# read only: after a failover it leads to the former primary, and only a new one leads to the new.
+_MUST_NOT_BE_LENT_AGAIN = (
+    TimeoutError,
+    asyncio.CancelledError,
+    asyncpg.InternalClientError,
+    asyncpg.ReadOnlySQLTransactionError,
+    _ReadOnly,
+)
 
 
 @contextmanager

@@ -217,6 +217,8 @@ def _carefully_checked_body(body: bytes) -> _Body:
         except msgspec.ValidationError as error:
             wrong_text = name == "message_id" and isinstance(value, str)
             raise MalformedRequest(name, _NOT_A_UUID if wrong_text else str(error)) from None
+        except UnicodeEncodeError:
+            raise MalformedRequest(name, "is not valid Unicode") from None
         except RecursionError:
             raise MalformedRequest(name, "is nested too deeply") from None
     for name in _REQUIRED:

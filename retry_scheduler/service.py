@@ -8,8 +8,7 @@ stop     stop taking, store what has arrived, settle what is in hand, close; at 
 
 import asyncio
 import signal
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from datetime import timedelta
 
 import structlog
@@ -21,9 +20,10 @@ from retry_scheduler.broker.intake_link import IntakeLink
 from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.consumer import Consumer
 from retry_scheduler.database import Database, DatabaseAddress
-from retry_scheduler.errors import RetrySchedulerError, Unavailable
+from retry_scheduler.errors import Unavailable
 from retry_scheduler.http_api import build_app, build_server, listen
 from retry_scheduler.observability import logs
+from retry_scheduler.observability.live import LiveFigures
 from retry_scheduler.observability.metrics import Metrics, serve_metrics
 from retry_scheduler.presence import Presence
 from retry_scheduler.publisher import Publisher
@@ -38,12 +38,10 @@ log = structlog.get_logger()
 # The promise is 20 s, and closing two silent servers takes up to 7. A confirm may take 10.
 STOP_WITHIN_S = 12.0
 
+LINKS_CLOSE_WITHIN_S = 3.0
+
 # While a server is away at the start: one warning a second tells enough.
 START_PAUSE_S = 1.0
-
-# How long Prometheus waits for a count at most, and the share of time that counting may take.
-FIGURES_TIMEOUT_S = 2.0
-FIGURES_SHARE = 0.05
 
 
 def database_address(settings: Settings) -> DatabaseAddress:
@@ -142,8 +140,8 @@ class Service:
         """Serve until `request_stop`. Raises PortTaken or UnusableSchema, or a group if a loop dies."""
         settings = self._settings
         loop = asyncio.get_running_loop()
-        figures = _Figures(loop, self._repository.queue_figures)
-        self._metrics.watch(service=settings.service_name, up=self._is_up, figures=figures.read)
+        live = LiveFigures(loop, count=self._repository.queue_figures, check=self._check_usable)
+        self._metrics.watch(service=settings.service_name, up=live.up, figures=live.queue)
         with listen(settings.http_host, settings.http_port) as socket:
             metrics_server = serve_metrics(self._metrics, host=settings.http_host, port=settings.metrics_port)
             pages = build_server(
@@ -160,7 +158,7 @@ class Service:
             finally:
                 pages.should_exit = True
                 await asyncio.wait((serving,), timeout=2)
-                figures.close()
+                live.close()
                 await asyncio.to_thread(metrics_server.shutdown)
                 metrics_server.server_close()
                 await self._database.close()
@@ -181,7 +179,7 @@ class Service:
             finally:
                 for task in links:
                     task.cancel()
-                await asyncio.gather(*links, return_exceptions=True)
+                await asyncio.wait(links, timeout=LINKS_CLOSE_WITHIN_S)
         finally:
             stopping.cancel()
 
@@ -236,8 +234,11 @@ class Service:
             return "blocked"
         return None if self._intake.up and self._link.up else "not connected to RabbitMQ"
 
-    def _is_up(self) -> bool:
-        return self._not_ready_because() is None and not self._presence.fenced(time.monotonic())
+    async def _check_usable(self) -> None:
+        reason = self._not_ready_because()
+        if reason is not None:
+            raise Unavailable(self._settings.service_name, reason)
+        await asyncio.gather(self._database.probe(), self._check_broker())
 
     def _report_intake_problem(self, problem: Unavailable) -> None:
         self._report_problem(problem, logs.CONSUMER_FAILED)
@@ -249,40 +250,6 @@ class Service:
         if not self._stop.is_set():
             self._metrics.reconnecting(problem.server)
             log.warning(event, error=problem.problem)
-
-
-class _Figures:
-    """Counts the queue when Prometheus asks, in the event loop, and not so often that counting costs much."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, count: Callable[[], Awaitable[tuple[int, float]]]
-    ) -> None:
-        self._loop = loop
-        self._count = count
-        self._not_before_s = 0.0
-        self._closed = False
-
-    def read(self) -> tuple[int, float] | None:
-        """Return fresh figures, or None if they cannot be had now. Called from the metrics' own thread."""
-        began_s = time.monotonic()
-        if self._closed or began_s < self._not_before_s:
-            return None
-        asking = asyncio.run_coroutine_threadsafe(self._ask(), self._loop)
-        try:
-            figures = asking.result(timeout=FIGURES_TIMEOUT_S)
-        except (TimeoutError, RetrySchedulerError):
-            asking.cancel()
-            figures = None
-        now_s = time.monotonic()
-        self._not_before_s = now_s + (now_s - began_s) / FIGURES_SHARE * (1 - FIGURES_SHARE)
-        return figures
-
-    def close(self) -> None:
-        """Answer no more: the loop is about to end."""
-        self._closed = True
-
-    async def _ask(self) -> tuple[int, float]:
-        return await self._count()
 
 
 async def _first_of(work: Awaitable[None], stopping: "asyncio.Task[bool]") -> None:

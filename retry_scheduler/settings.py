@@ -81,6 +81,8 @@ class Settings(BaseSettings):
     def _fit_a_short_string(cls, value: str) -> str:
         if len(value.encode()) > 255:
             raise ValueError("must be at most 255 bytes long, AMQP's limit for a queue name")
+        if any(ord(character) < 32 or ord(character) == 127 for character in value):
+            raise ValueError("must not hold control characters; the broker would change the name")
         if value.startswith("amq."):
             raise ValueError("must not begin with amq., which the broker reserves for itself")
         return value

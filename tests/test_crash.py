@@ -12,6 +12,7 @@ import pytest
 
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from tests.contract import HEALED_WITHIN_S, MOST_DUPLICATES
 from tests.factories import make_request, new_id
 from tests.service_process import ServiceProcess, StartService
 from tests.table import Table
@@ -20,8 +21,6 @@ from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
 
-MOST_DUPLICATES = 512
-HEALED_WITHIN_S = 5.0
 
 Report = Callable[[str, object], None]
 

@@ -14,6 +14,7 @@ import pytest
 from retry_scheduler.demo.ports import LOOPBACK
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from tests.contract import ANSWERS_WITHIN_S
 from tests.factories import make_request
 from tests.service_process import MakeService, ServiceProcess, StartService
 from tests.table import Table
@@ -22,7 +23,6 @@ from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
 
-ANSWERS_WITHIN_S = 2.0
 # service_up needs no round trip: of a broker that has fallen silent it learns by the missing heartbeats.
 FROZEN_BROKER_IS_NOTICED = timedelta(seconds=35)
 UP = {"status": "up"}

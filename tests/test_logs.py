@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from tests.contract import OPERATIONS, TROUBLES
 from tests.factories import make_request, new_id, request_fields
 from tests.service_process import StartService
 from tests.table import Table
@@ -12,20 +13,6 @@ from tests.upstream import REVIEW_QUEUE, Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
-
-# Section 5 of the contract, word for word, and the level that a search for ERROR relies on.
-OPERATIONS = {
-    "Retry scheduled": "INFO",
-    "Retry executed successfully": "INFO",
-    "Max retries exceeded - moved to manual review": "WARNING",
-}
-TROUBLES = {
-    "Failed to save retry task": "ERROR",
-    "Failed to get due retry tasks": "ERROR",
-    "Failed to start RabbitMQ consumer": "WARNING",
-    "Failed to connect to RabbitMQ": "WARNING",
-    "PostgreSQL health check failed": "WARNING",
-}
 
 # Each would begin a line of its own, colour a terminal, or hide text, if it were written as it is.
 INJECTION = (

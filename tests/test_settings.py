@@ -8,34 +8,7 @@ from pydantic import SecretStr
 
 from retry_scheduler.errors import BadSettings
 from retry_scheduler.settings import Settings, load_settings
-
-# Section 5 of the contract and the runbook, word for word.
-DEFAULTS = {
-    "SERVICE_NAME": "retry-scheduler",
-    "LOG_LEVEL": "INFO",
-    "HTTP_HOST": "0.0.0.0",
-    "HTTP_PORT": 8086,
-    "METRICS_PORT": 9094,
-    "RABBITMQ_URL": "amqp://guest:guest@localhost:5672/",
-    "RABBITMQ_PREFETCH": 10,
-    "RETRY_QUEUE": "retry.scheduled",
-    "MANUAL_REVIEW_QUEUE": "manual-review.pending",
-    "POSTGRES_HOST": "localhost",
-    "POSTGRES_PORT": 5432,
-    "POSTGRES_DB": "eracun",
-    "POSTGRES_USER": "eracun",
-    "POSTGRES_PASSWORD": None,
-    "POSTGRES_POOL_MIN": 10,
-    "POSTGRES_POOL_MAX": 50,
-    "POSTGRES_SSL": False,
-    "DEFAULT_MAX_RETRIES": 3,
-    "BASE_DELAY_MS": 2000,
-    "MAX_DELAY_MS": 60000,
-    "JITTER_MS": 1000,
-    "RETRY_POLL_INTERVAL_MS": 10000,
-    "MAX_PUBLISH_FAILURES": 10,
-}
-
+from tests.contract import SETTINGS
 
 def shown(settings: Settings) -> dict[str, object]:
     values = {name.upper(): getattr(settings, name) for name in Settings.model_fields}
@@ -54,11 +27,11 @@ def problems_of(**environment: str) -> list[str]:
 def test_the_defaults_are_those_of_the_contract() -> None:
     settings = shown(load_settings({}))
 
-    assert {name: settings[name] for name in DEFAULTS} == DEFAULTS
+    assert {name: settings[name] for name in SETTINGS} == SETTINGS
 
 
 def test_an_empty_value_counts_as_unset_and_other_variables_are_not_looked_at() -> None:
-    environment = dict.fromkeys(DEFAULTS, "") | {"PATH": "/bin", "HTTP_PORTS": "x", "http_port": "1"}
+    environment = dict.fromkeys(SETTINGS, "") | {"PATH": "/bin", "HTTP_PORTS": "x", "http_port": "1"}
 
     assert shown(load_settings(environment)) == shown(load_settings({}))
 

@@ -10,6 +10,7 @@ import pytest
 
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from tests.contract import STOPS_WITHIN_S
 from tests.factories import make_request, new_id
 from tests.service_process import MakeService, ServiceProcess, StartService
 from tests.table import Table
@@ -18,7 +19,6 @@ from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
 
-STOPS_WITHIN_S = 20.0
 
 Fault = Callable[[PrivatePostgres, PrivateRabbitMQ], None]
 

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import pytest
 
+from tests.contract import LATE_AT_MOST_S, MOST_DUPLICATES
 from tests.factories import make_request, new_id
 from tests.service_process import ServiceProcess, StartService
 from tests.table import Table
@@ -17,9 +18,6 @@ from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
 
-# What the documents print: publications outstanding per instance, the most that its death can double.
-MOST_DUPLICATES = 512
-LATE_AT_MOST_S = 5.0
 
 Report = Callable[[str, object], None]
 

@@ -10,12 +10,14 @@ dropped and counted.
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, MutableMapping
-from typing import Any, BinaryIO
+from io import FileIO, RawIOBase
+from typing import Any
 
 import msgspec
 import structlog
@@ -47,11 +49,14 @@ _MAX_WAITING = 50_000
 _MAX_TEXT = 1024
 _MAX_TRACEBACK = 8 * 1024
 
+# Control characters of the second kind, Unicode's line and paragraph ends, marks of direction.
+_DECEPTIVE = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
 
 class LineWriter:
-    """Writes lines to a stream from a thread of its own; `write` never waits."""
+    """Writes lines to an unbuffered stream from a thread of its own; `write` never waits."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: RawIOBase) -> None:
         self._stream = stream
         self._waiting: deque[bytes] = deque(maxlen=_MAX_WAITING)
         self._wake = threading.Event()
@@ -83,26 +88,31 @@ class LineWriter:
             while self._waiting:
                 lines.append(self._waiting.popleft())
             if lines:
-                try:
-                    self._stream.write(b"\n".join(lines) + b"\n")
-                    self._stream.flush()
-                except (OSError, ValueError):  # the reader has gone; retries go on without a log
-                    pass
+                self._write_all(b"\n".join(lines) + b"\n")
             if not self._waiting and not self._wake.is_set():
                 self._idle.set()
+
+    def _write_all(self, text: bytes) -> None:
+        rest = memoryview(text)
+        try:
+            while rest:
+                rest = rest[self._stream.write(rest) or 0 :]
+        except (OSError, ValueError):  # the reader has gone; retries go on without a log
+            pass
 
 
 _writer: LineWriter | None = None
 
 
-def set_up_logs(level: str, *, service: str, stream: BinaryIO | None = None) -> None:
+def set_up_logs(level: str, *, service: str, stream: RawIOBase | None = None) -> None:
     """Send structlog's and the standard library's events to `stream` as JSON lines.
 
     level: least severe level that is logged. stream: standard output unless given. Libraries are
     heard from WARNING on, unless level is DEBUG.
     """
     global _writer  # noqa: PLW0603  one process has one standard output
-    _writer = writer = LineWriter(stream or sys.stdout.buffer)
+    # Python's own buffer would be flushed at exit, and turn a full disk into an exit code.
+    _writer = writer = LineWriter(stream or FileIO(sys.stdout.fileno(), "w", closefd=False))
     shared = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -159,9 +169,9 @@ class _Renderer:
         for name, value in event.items():
             line[name] = _bounded(value, _MAX_TRACEBACK if name == "exception" else _MAX_TEXT)
         try:
-            return self._encode(line)
+            return _harmless(self._encode(line))
         except UnicodeEncodeError:  # half an emoji, cut off by somebody's program
-            return self._encode({name: _encodable(value) for name, value in line.items()})
+            return _harmless(self._encode({name: _encodable(value) for name, value in line.items()}))
 
 
 class _StandardHandler(logging.Handler):
@@ -190,6 +200,13 @@ class _StandardHandler(logging.Handler):
 
 def _bounded(value: Any, most: int) -> Any:
     return value[:most] + "..." if isinstance(value, str) and len(value) > most else value
+
+
+def _harmless(line: bytes) -> bytes:
+    """Escape what JSON allows and a reader may take for a line's end, a command, or a change of direction."""
+    if line.isascii():
+        return line.replace(b"\x7f", b"\\u007f")
+    return _DECEPTIVE.sub(lambda match: f"\\u{ord(match[0]):04x}", line.decode()).encode()
 
 
 def _encodable(value: Any) -> Any:

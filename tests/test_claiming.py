@@ -1,0 +1,214 @@
+"""Claims on a real table: who gets which row, and whose settlement counts."""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from uuid import UUID, uuid4
+
+import pytest
+
+from retry_scheduler.database import Database, DatabaseAddress
+from retry_scheduler.messages import ClaimedRetry, RetryRequest
+from retry_scheduler.repository import LONG_AGO, Lease, Release, Repository, Settlement
+from retry_scheduler.schema import migrate
+from tests import servers
+from tests.factories import new_id
+from tests.table import Table
+
+NOW = timedelta(0)
+A_MINUTE = timedelta(minutes=1)
+LOOK_AHEAD = timedelta(seconds=3)
+
+
+@pytest.fixture
+async def repository(database: servers.Database) -> AsyncIterator[Repository]:
+    address = DatabaseAddress(
+        database.host, database.port, database.name, database.user, database.password, tls=False
+    )
+    opened = Database(address, pool_min=1, pool_max=4)
+    await migrate(opened)
+    await opened.open()
+    yield Repository(opened)
+    await opened.close()
+
+
+@pytest.fixture
+def table(database: servers.Database) -> Table:
+    return Table(database)
+
+
+def request(message_id: str, payload: bytes = b"x") -> RetryRequest:
+    return RetryRequest(message_id, payload, "orders", "timeout", 0, 3, None)
+
+
+async def store(repository: Repository, *payloads: bytes, delay: timedelta = NOW) -> list[str]:
+    """Store one attempt after the other, so that the first is due first."""
+    ids = [new_id() for _ in payloads]
+    for message_id, payload in zip(ids, payloads, strict=True):
+        await repository.store([request(message_id, payload)], [delay])
+    return ids
+
+
+async def instance(repository: Repository) -> UUID:
+    owner = uuid4()
+    await repository.join_instances(owner, "test")
+    return owner
+
+
+def lease(
+    owner: UUID,
+    *,
+    rows: int = 100,
+    size: int = 1_000_000,
+    lasts: timedelta = A_MINUTE,
+    floor: datetime = LONG_AGO,
+) -> Lease:
+    return Lease(owner, lasts, rows, size, floor)
+
+
+def ids(tasks: list[ClaimedRetry]) -> set[str]:
+    return {task.message_id for task in tasks}
+
+
+async def test_what_one_instance_holds_is_passed_over_by_the_other(repository: Repository) -> None:
+    first, second = await instance(repository), await instance(repository)
+    stored = await store(repository, b"1", b"2", b"3")
+
+    mine = await repository.claim_due(lease(first, rows=2))
+    theirs = await repository.claim_due(lease(second))
+
+    assert ids(mine) == set(stored[:2])
+    assert ids(theirs) == {stored[2]}
+
+
+async def test_nothing_is_claimed_before_it_is_due(repository: Repository) -> None:
+    owner = await instance(repository)
+    await store(repository, b"1", delay=A_MINUTE)
+
+    assert await repository.claim_due(lease(owner)) == []
+
+
+async def test_a_claim_takes_as_many_bytes_as_fit_and_at_least_one_row(repository: Repository) -> None:
+    owner = await instance(repository)
+    stored = await store(repository, b"x" * 600, b"x" * 300, b"x" * 300)
+
+    first = await repository.claim_due(lease(owner, size=500))
+    second = await repository.claim_due(lease(owner, size=500))
+    third = await repository.claim_due(lease(owner, size=500))
+
+    assert [ids(first), ids(second), ids(third)] == [{stored[0]}, {stored[1]}, {stored[2]}]
+
+
+async def test_the_rows_of_an_instance_that_has_left_the_register_are_free_at_once(
+    repository: Repository,
+) -> None:
+    dead, alive = await instance(repository), await instance(repository)
+    stored = await store(repository, b"1")
+    await repository.claim_due(lease(dead))
+    before = await repository.beat(alive, LOOK_AHEAD, LONG_AGO)
+
+    assert await repository.bury_instances({dead: 0}) == ["test"]
+    after = await repository.beat(alive, LOOK_AHEAD, LONG_AGO)
+    taken_over = await repository.claim_due(lease(alive))
+
+    assert before is not None and not before.due_now
+    assert after is not None and after.due_now
+    assert ids(taken_over) == set(stored)
+    assert taken_over[0].claims_unsettled == 2
+
+
+async def test_an_instance_whose_beat_has_moved_since_cannot_be_buried(repository: Repository) -> None:
+    slow, observer = await instance(repository), await instance(repository)
+    seen = await repository.beat(observer, LOOK_AHEAD, LONG_AGO)
+    assert seen is not None
+    await repository.beat(slow, LOOK_AHEAD, LONG_AGO)
+
+    buried = await repository.bury_instances({slow: seen.beats[slow]})
+
+    assert buried == []
+    assert await repository.beat(slow, LOOK_AHEAD, LONG_AGO) is not None
+
+
+async def test_a_buried_instance_learns_it_from_its_next_beat(repository: Repository) -> None:
+    victim = await instance(repository)
+    await repository.bury_instances({victim: 0})
+
+    assert await repository.beat(victim, LOOK_AHEAD, LONG_AGO) is None
+
+
+async def test_an_overtaken_owner_settles_and_gives_back_nothing(
+    repository: Repository, table: Table
+) -> None:
+    slow, fast = await instance(repository), await instance(repository)
+    await store(repository, b"1")
+    (old,) = await repository.claim_due(lease(slow, lasts=NOW))
+    (new,) = await repository.claim_due(lease(fast))
+
+    settled_late = await repository.complete([Settlement(old.id, old.claims, "retried")])
+    given_back_late = await repository.release([Release(old.id, old.claims, failures=1, delay=A_MINUTE)])
+    settled = await repository.complete([Settlement(new.id, new.claims, "failed", "exhausted")])
+
+    assert (settled_late, given_back_late, settled) == (set(), [], {new.id})
+    row = await table.row("SELECT status, publish_failures FROM retry_queue")
+    assert tuple(row) == ("failed", 0)
+
+
+async def test_settling_again_after_a_lost_answer_counts_the_same_rows(repository: Repository) -> None:
+    owner = await instance(repository)
+    await store(repository, b"1", b"2")
+    tasks = await repository.claim_due(lease(owner))
+    settlements = [Settlement(task.id, task.claims, "retried") for task in tasks]
+
+    first = await repository.complete(settlements)
+    again = await repository.complete(settlements)
+
+    assert first == again == {task.id for task in tasks}
+
+
+async def test_a_row_without_its_payload_is_claimed_too_so_that_it_cannot_be_stuck(
+    repository: Repository, table: Table
+) -> None:
+    owner = await instance(repository)
+    await store(repository, b"1")
+    await table.fetch("DELETE FROM retry_payload")
+
+    (task,) = await repository.claim_due(lease(owner))
+
+    assert task.payload is None
+
+
+async def test_below_the_floor_nothing_is_searched_and_the_floor_lies_below_everything_pending(
+    repository: Repository, table: Table
+) -> None:
+    owner = await instance(repository)
+    stored = await store(repository, b"1", b"2")
+    await table.fetch("UPDATE retry_queue SET next_retry_at = '2020-01-01Z' WHERE message_id = $1", stored[0])
+    above = datetime(2021, 1, 1, tzinfo=UTC)
+
+    with_floor = await repository.claim_due(lease(owner, floor=above))
+    floor = await repository.search_floor()
+    rest = await repository.claim_due(lease(owner, floor=floor))
+
+    assert ids(with_floor) == {stored[1]}
+    assert floor == datetime(2020, 1, 1, tzinfo=UTC) - timedelta(seconds=10)
+    assert ids(rest) == {stored[0]}
+
+
+async def test_the_floor_of_an_empty_table_leaves_room_for_what_is_being_stored(
+    repository: Repository, table: Table
+) -> None:
+    floor = await repository.search_floor()
+    now = await table.value("SELECT clock_timestamp()")
+
+    assert timedelta(seconds=10) <= now - floor < timedelta(seconds=15)
+
+
+async def test_a_look_tells_what_is_coming_soon_and_nothing_later(repository: Repository) -> None:
+    owner = await instance(repository)
+    await store(repository, b"1", delay=timedelta(seconds=2))
+    await store(repository, b"2", delay=A_MINUTE)
+
+    sighting = await repository.beat(owner, LOOK_AHEAD, LONG_AGO)
+
+    assert sighting is not None and not sighting.due_now
+    assert len(sighting.coming_s) == 1
+    assert 1 < sighting.coming_s[0] <= 2.002
