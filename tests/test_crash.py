@@ -1,4 +1,4 @@
-"""Servers and instances that die under load: nothing is lost, duplicates are few and known, all heals by itself."""
+"""Servers and instances that die under load: nothing is lost, duplicates are few, all heals by itself."""
 
 import asyncio
 import random
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from time import monotonic
 
 import pytest
@@ -73,11 +74,7 @@ async def test_kill_9_at_random_moments_loses_nothing_and_doubles_at_most_512_ea
     )
 
     for moment in moments:
-        await eventually(
-            lambda moment=moment: upstream.depth("orders") >= moment,  # type: ignore[misc]
-            within=timedelta(seconds=30),
-            every=timedelta(milliseconds=5),
-        )
+        await upstream.filled("orders", moment, within=timedelta(seconds=30), every=timedelta(milliseconds=5))
         victim = dice.choice(services)
         victim.kill()
         victim.start()
@@ -104,7 +101,7 @@ async def test_a_frozen_instance_is_relieved_of_its_rows_and_works_on_when_it_th
     frozen, awake = await asyncio.gather(*(start_service(RABBITMQ_PREFETCH="200") for _ in range(2)))
     ids = [new_id() for _ in range(5000)]
     upstream.ask_for_many([make_request(message_id=message_id, retry_after_ms=1500) for message_id in ids])
-    await eventually(lambda: upstream.depth("orders") >= 1000, within=timedelta(seconds=20))
+    await upstream.filled("orders", 1000, within=timedelta(seconds=20))
 
     frozen.freeze()
     # What the frozen one has taken from the broker and not stored is still in its hands; all else gets done.
@@ -150,9 +147,13 @@ async def stop_rabbitmq(servers: Servers) -> Callable[[], None]:
     return servers.rabbitmq.start
 
 
+def start_app(servers: Servers) -> None:
+    servers.rabbitmq.ctl("start_app")
+
+
 async def stop_app(servers: Servers) -> Callable[[], None]:
     servers.rabbitmq.ctl("stop_app")
-    return lambda: servers.rabbitmq.ctl("start_app") and None
+    return partial(start_app, servers)
 
 
 @pytest.mark.timeout(120)
@@ -167,7 +168,7 @@ async def test_a_server_that_goes_away_under_load_and_comes_back_costs_nothing(
     service = await start_service(RABBITMQ_PREFETCH="100")
 
     with Load(upstream, endless_requests(), per_second=400) as load:
-        await eventually(lambda: upstream.depth("orders") >= 300, within=timedelta(seconds=20))
+        await upstream.filled("orders", 300, within=timedelta(seconds=20))
         restore = await fault(servers)
         await eventually(lambda: service.health().status == 503)
         await eventually(lambda: service.metrics().value("service_up") == 0)
@@ -223,10 +224,7 @@ async def test_connections_cut_again_and_again_under_load_cost_nothing(
 
     with Load(upstream, endless_requests(), per_second=400) as load:
         for cut in range(1, 6):
-            await eventually(
-                lambda cut=cut: upstream.depth("orders") >= cut * 200,  # type: ignore[misc]
-                within=timedelta(seconds=20),
-            )
+            await upstream.filled("orders", cut * 200, within=timedelta(seconds=20))
             await fault(servers, service)
         load.finish()
     await eventually(lambda: service.ready().status == 200, within=timedelta(seconds=10))

@@ -1,4 +1,4 @@
-"""GET /health and GET /ready: true, quick whatever hangs, and without secrets. And starting before the servers do."""
+"""GET /health and GET /ready: true, quick whatever hangs, without secrets. Starting before the servers do."""
 
 import asyncio
 import json
@@ -23,8 +23,6 @@ from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
 
-# service_up needs no round trip: of a broker that has fallen silent it learns by the missing heartbeats.
-FROZEN_BROKER_IS_NOTICED = timedelta(seconds=35)
 UP = {"status": "up"}
 
 Server = PrivatePostgres | PrivateRabbitMQ
@@ -95,7 +93,7 @@ async def test_a_server_that_is_away_makes_health_503_within_2_s_and_coming_back
 
     outage.begin(server)
     pages = [service.health(), service.ready(), service.health()]
-    await eventually(lambda: service.metrics().value("service_up") == 0, within=FROZEN_BROKER_IS_NOTICED)
+    await eventually(lambda: service.metrics().value("service_up") == 0)
     later = service.health()
     outage.end(server)
     await eventually(lambda: service.health().status == 200, within=timedelta(seconds=15))
@@ -198,7 +196,7 @@ async def test_five_instances_that_start_at_once_on_an_empty_database_all_come_u
 async def test_sessions_that_take_no_writes_are_not_healthy_and_are_given_up_for_ones_that_do(
     start_service: StartService, postgres: PrivatePostgres, upstream: Upstream, table: Table
 ) -> None:
-    """After a failover the old primary may stay reachable, read only, on connections that were open before."""
+    """After a failover the old primary may stay reachable, read only, on connections opened before."""
     service = await start_service()
     upstream.declare("orders")
     name = table.database.name

@@ -1,4 +1,4 @@
-"""The log: the event texts of the contract with their fields, one JSON object a line whatever the texts hold."""
+"""The log: the event texts of the contract with their fields, one JSON object a line whatever they hold."""
 
 import json
 from datetime import datetime, timedelta
@@ -17,7 +17,7 @@ pytest_plugins = ("tests.fixtures",)
 # Each would begin a line of its own, colour a terminal, or hide text, if it were written as it is.
 INJECTION = (
     'x\n{"level":"ERROR","message":"Forged"}\r\n\v\f\x1c\x1d\x1e\x85\u2028{"message":"Forged"}\u2029'
-    "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\ufeff\ud83d\"\\"
+    '\x1b[2J\x1b]0;title\x07\x9b31m\u202e\ufeff\ud83d"\\'
 )
 
 
@@ -50,7 +50,9 @@ async def test_each_operation_is_logged_with_what_an_audit_needs(
         retried: ["Retry scheduled", "Retry executed successfully"],
         exhausted: ["Retry scheduled", "Max retries exceeded - moved to manual review"],
     }
-    due = {str(row["message_id"]): row["next_retry_at"] for row in await table.fetch("SELECT * FROM retry_queue")}
+    due = {
+        str(row["message_id"]): row["next_retry_at"] for row in await table.fetch("SELECT * FROM retry_queue")
+    }
     for event in service.log_events("Retry scheduled"):
         assert datetime.fromisoformat(event["next_retry_at"]) == due[event["message_id"]]
     for event in service.log_events():
@@ -72,7 +74,10 @@ async def test_each_trouble_that_the_runbook_searches_for_is_logged_while_a_serv
     postgres.stop()
     upstream.ask(make_request())
     await eventually(
-        lambda: {"Failed to save retry task", "Failed to get due retry tasks", "PostgreSQL health check failed"} <= seen(),
+        lambda: (
+            {"Failed to save retry task", "Failed to get due retry tasks", "PostgreSQL health check failed"}
+            <= seen()
+        ),
         within=timedelta(seconds=15),
     )
     postgres.start()
@@ -109,7 +114,11 @@ async def test_texts_that_would_forge_lines_give_one_line_each(
     assert {event["message"] for event in service.log_events()} & {"Forged"} == set()
     # Also for readers that end a line at every character that Unicode knows for it.
     assert text.splitlines() == text.removesuffix("\n").split("\n")
-    assert not [character for character in text if character != "\n" and (character < " " or "\x7f" <= character < "\xa0")]
+    assert not [
+        character
+        for character in text
+        if character != "\n" and (character < " " or "\x7f" <= character < "\xa0")
+    ]
     assert all(character not in text for character in "\u202e\ufeff")
     assert max(len(line) for line in service.log_lines()) < 16 * 1024
     scheduled = service.log_events("Retry scheduled")

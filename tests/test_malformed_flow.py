@@ -4,8 +4,8 @@ import base64
 from datetime import datetime, timedelta
 
 from tests.factories import make_request, new_id
-from tests.service_process import StartService
 from tests.malformed import MALFORMED
+from tests.service_process import StartService
 from tests.table import Table
 from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE, Upstream
 from tests.waiting import eventually

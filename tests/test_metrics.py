@@ -46,13 +46,17 @@ async def test_counters_tell_the_truth_about_every_message_that_was_accepted(
     assert metrics.value("retries_executed_total", queue="nowhere", status="success") == 0
     assert metrics.value("retries_executed_total", queue="nowhere", status="failed") == 10
     assert metrics.labels("retries_executed_total", "status") == {"success", "failed"}
-    assert metrics.value("retries_exhausted_total", queue="orders") == metrics.value("retries_exhausted_total") == 7
+    assert (
+        metrics.value("retries_exhausted_total", queue="orders")
+        == metrics.value("retries_exhausted_total")
+        == 7
+    )
     assert metrics.value("retry_duplicates_total", kind="ignored") == 2
     assert metrics.value("retry_quarantined_total", reason="message_id") == 1
     assert metrics.value("retry_quarantined_total", reason="body") == 1
     assert metrics.value("retry_quarantined_total", reason="retry_count") == 1
     assert metrics.value("retry_reconnects_total") == metrics.value("retry_publications_unknown_total") == 0
-    # accepted = retried + failed + quarantined + pending + repetitions, in the table and in the counters alike.
+    # accepted = retried + failed + quarantined + pending + repetitions, in the table and in the counters.
     assert await table.statuses() == {"retried": 50, "failed": 12, "pending": 1}
     assert metrics.value("retries_reviewed_total") == 12
     assert 50 + 12 + 3 + 1 + 2 == 68
@@ -70,8 +74,13 @@ async def test_depth_and_the_oldest_due_retry_show_what_cannot_be_delivered(
     # Counting is not repeated at every scrape: a figure may be some seconds old.
     await eventually(lambda: service.metrics().value("retry_queue_depth") == 3)
 
-    await table.fetch("UPDATE retry_queue SET next_retry_at = now() - interval '90 s', claimed_until = now() + interval '1 h'")
-    await eventually(lambda: service.metrics().value("retry_oldest_due_seconds") > 89, within=timedelta(seconds=5))
+    await table.fetch(
+        "UPDATE retry_queue"
+        " SET next_retry_at = now() - interval '90 s', claimed_until = now() + interval '1 h'"
+    )
+    await eventually(
+        lambda: service.metrics().value("retry_oldest_due_seconds") > 89, within=timedelta(seconds=5)
+    )
 
     assert math.isclose(service.metrics().value("retry_oldest_due_seconds"), 90, abs_tol=8)
 
@@ -83,7 +92,9 @@ async def test_a_stranger_who_invents_queue_names_cannot_make_series_without_end
     bodies = [make_request(original_queue=f"invented-{number}", max_retries=0) for number in range(300)]
 
     upstream.ask_for_many(bodies)
-    await eventually(lambda: service.metrics().value("retries_exhausted_total") == 300, within=timedelta(seconds=10))
+    await eventually(
+        lambda: service.metrics().value("retries_exhausted_total") == 300, within=timedelta(seconds=10)
+    )
 
     metrics = service.metrics()
     for name in ("retries_scheduled_total", "retries_exhausted_total"):
@@ -100,7 +111,9 @@ async def test_labels_with_quotes_and_line_ends_do_not_break_the_page(
     service = await start_service()
     queue = 'say "hi"\\n} 1\u2028ü'
 
-    upstream.ask(make_request(original_queue=queue, max_retries=0), make_request(original_queue="a\nb", max_retries=0))
+    upstream.ask(
+        make_request(original_queue=queue, max_retries=0), make_request(original_queue="a\nb", max_retries=0)
+    )
     await upstream.receive(REVIEW_QUEUE, 2)
     await eventually(lambda: service.metrics().value("retries_exhausted_total") == 2)
 

@@ -1,4 +1,4 @@
-"""The same attempt twice: nothing is executed twice, nothing is lost, and an upstream that cannot count ends."""
+"""The same attempt twice: nothing is executed twice or lost, and an upstream that cannot count ends."""
 
 import asyncio
 from collections import Counter

@@ -10,6 +10,7 @@ from retry_scheduler.errors import BadSettings
 from retry_scheduler.settings import Settings, load_settings
 from tests.contract import SETTINGS
 
+
 def shown(settings: Settings) -> dict[str, object]:
     values = {name.upper(): getattr(settings, name) for name in Settings.model_fields}
     return {
@@ -124,9 +125,13 @@ def test_all_mistakes_are_named_at_once() -> None:
 
 def test_settings_that_disagree_are_named_also_when_several_do() -> None:
     problems = problems_of(
-        POSTGRES_POOL_MIN="20", POSTGRES_POOL_MAX="10", HTTP_PORT="8000", METRICS_PORT="8000", RETRY_QUEUE="a",
+        POSTGRES_POOL_MIN="20",
+        POSTGRES_POOL_MAX="10",
+        HTTP_PORT="8000",
+        METRICS_PORT="8000",
+        RETRY_QUEUE="a",
         MANUAL_REVIEW_QUEUE="a",
-    )  # fmt: skip
+    )
 
     assert sorted(problem.split(":")[0] for problem in problems) == [
         "HTTP_PORT",

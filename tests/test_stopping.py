@@ -32,7 +32,10 @@ async def stop(service: ServiceProcess) -> float:
 
 @pytest.mark.timeout(120)
 async def test_stopping_again_and_again_under_load_doubles_nothing_and_loses_nothing(
-    start_service: StartService, upstream: Upstream, table: Table, record_property: Callable[[str, object], None]
+    start_service: StartService,
+    upstream: Upstream,
+    table: Table,
+    record_property: Callable[[str, object], None],
 ) -> None:
     upstream.declare("orders", RETRY_QUEUE)
     ids = [new_id() for _ in range(6000)]
@@ -43,13 +46,13 @@ async def test_stopping_again_and_again_under_load_doubles_nothing_and_loses_not
 
     for moment in (300, 1500, 3000):
         service = await start_service(RABBITMQ_PREFETCH="100")
-        await eventually(lambda moment=moment: upstream.depth("orders") >= moment, within=timedelta(seconds=30))  # type: ignore[misc]
+        await upstream.filled("orders", moment, within=timedelta(seconds=30))
         took_s.append(await stop(service))
         assert await table.value("SELECT count(*) FROM retry_queue WHERE claimed_until > now()") == 0
         assert await table.value("SELECT count(*) FROM retry_instance") == 0
     await asking
     await start_service(RABBITMQ_PREFETCH="100")
-    await eventually(lambda: upstream.depth("orders") >= len(ids), within=timedelta(seconds=30))
+    await upstream.filled("orders", len(ids), within=timedelta(seconds=30))
     await eventually(table.settled)
 
     record_property("stopped_after_s", [round(seconds, 2) for seconds in took_s])
@@ -98,7 +101,10 @@ async def test_an_idle_service_stops_at_once_and_says_so(
 
     record_property("stopped_after_s", round(took_s, 2))
     assert took_s < 3
-    assert [event["message"] for event in service.log_events()][-2:] == ["Service stopping", "Service stopped"]
+    assert [event["message"] for event in service.log_events()][-2:] == [
+        "Service stopping",
+        "Service stopped",
+    ]
 
 
 async def test_a_service_that_still_waits_for_its_servers_stops_at_once(
@@ -130,7 +136,9 @@ async def test_a_second_signal_leaves_at_once(
     assert code != 0  # it did not finish its work
 
 
-async def test_while_stopping_it_is_not_ready(start_service: StartService, upstream: Upstream, postgres: PrivatePostgres) -> None:
+async def test_while_stopping_it_is_not_ready(
+    start_service: StartService, upstream: Upstream, postgres: PrivatePostgres
+) -> None:
     service = await start_service()
     postgres.freeze()
     upstream.ask(make_request())

@@ -23,7 +23,8 @@ PROMISED_COLUMNS = {
 }
 
 INSERT = (
-    "INSERT INTO retry_queue (message_id, original_queue, retry_count, max_retries, next_retry_at, status, payload_bytes)"
+    "INSERT INTO retry_queue"
+    " (message_id, original_queue, retry_count, max_retries, next_retry_at, status, payload_bytes)"
     " VALUES ($1, $2, $3, $4, $5::text::timestamptz, $6, $7) RETURNING id"
 )
 
@@ -72,7 +73,8 @@ async def test_the_queue_has_the_promised_columns_first_and_the_archive_has_the_
 
 async def test_the_index_of_due_rows_covers_pending_rows_only(migrated: Table) -> None:
     definition = await migrated.value(
-        "SELECT indexdef FROM pg_indexes WHERE tablename = 'retry_queue' AND indexname = 'idx_retry_next_retry'"
+        "SELECT indexdef FROM pg_indexes"
+        " WHERE tablename = 'retry_queue' AND indexname = 'idx_retry_next_retry'"
     )
 
     assert "(next_retry_at" in definition

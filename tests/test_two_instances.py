@@ -35,6 +35,14 @@ def extra_copies(messages: Sequence[Message]) -> int:
     return len(messages) - len(ids_of_message)
 
 
+def spread_requests(ids: Sequence[str], *, over_s: float) -> list[bytes]:
+    """Requests that are due one after another: however fast the service is, half-way is a moment to hit."""
+    return [
+        make_request(message_id=message_id, retry_after_ms=500 + int(over_s * 1000 * place / len(ids)))
+        for place, message_id in enumerate(ids)
+    ]
+
+
 async def instance_id(table: Table, service: ServiceProcess) -> UUID:
     """The id under which an instance claims rows at this moment."""
     owner = await table.value(
@@ -86,20 +94,15 @@ async def test_sigterm_of_one_half_way_doubles_nothing_and_loses_nothing(
     upstream.declare("orders", RETRY_QUEUE)
     leaving, staying = await asyncio.gather(*(start_service(RABBITMQ_PREFETCH="100") for _ in range(2)))
     ids = [new_id() for _ in range(8000)]
-    asking = asyncio.create_task(
-        asyncio.to_thread(
-            upstream.ask_for_many,
-            [make_request(message_id=message_id, retry_after_ms=500) for message_id in ids],
-        )
-    )
-    await eventually(lambda: executed(leaving) > 800, within=timedelta(seconds=30))
+    asking = asyncio.create_task(asyncio.to_thread(upstream.ask_for_many, spread_requests(ids, over_s=4)))
+    await eventually(lambda: executed(leaving) > 500, within=timedelta(seconds=30))
 
     began = monotonic()
     exit_code = await leaving.stop()
     took_s = monotonic() - began
     left_over = len(ids) - upstream.depth("orders")
     await asking
-    await eventually(lambda: upstream.depth("orders") >= len(ids), within=timedelta(seconds=60))
+    await upstream.filled("orders", len(ids), within=timedelta(seconds=60))
     await eventually(table.settled)
     delivered = Counter(message.retry_id for message in upstream.take("orders"))
 
@@ -120,10 +123,9 @@ async def test_kill_9_of_one_half_way_loses_nothing_and_doubles_only_what_it_had
     upstream.declare("orders", RETRY_QUEUE)
     victim, survivor = await asyncio.gather(*(start_service(RABBITMQ_PREFETCH="200") for _ in range(2)))
     ids = [new_id() for _ in range(6000)]
-    bodies = [make_request(message_id=message_id, retry_after_ms=2500) for message_id in ids]
 
     with Receiver(upstream, "orders") as receiver:
-        upstream.ask_for_many(bodies)
+        upstream.ask_for_many(spread_requests(ids, over_s=2))
         await eventually(
             lambda: len(receiver) >= 1500, within=timedelta(seconds=30), every=timedelta(milliseconds=5)
         )
@@ -174,7 +176,7 @@ async def test_rows_that_a_killed_instance_had_claimed_and_not_sent_are_late_by_
     )
     owner = await instance_id(table, victim)
 
-    # What the table looks like between a claim and the first byte to the broker. The moment is too short to hit.
+    # What the table looks like between a claim and the first byte to the broker: too short to hit.
     await table.fetch(
         "UPDATE retry_queue SET next_retry_at = clock_timestamp(), claimed_by = $1, claims = 1,"
         " claimed_until = clock_timestamp() + interval '40 s'",

@@ -144,8 +144,19 @@ class Upstream:
         self, queue: str, count: int, *, within: timedelta = timedelta(seconds=10)
     ) -> list[Message]:
         """Wait until at least `count` messages have come, and take all that are there then."""
-        await eventually(lambda: self.depth(queue) >= count, within=within)
+        await self.filled(queue, count, within=within)
         return self.take(queue)
+
+    async def filled(
+        self,
+        queue: str,
+        count: int,
+        *,
+        within: timedelta = timedelta(seconds=10),
+        every: timedelta = timedelta(milliseconds=20),
+    ) -> None:
+        """Wait until at least `count` messages wait in a queue."""
+        await eventually(lambda: self.depth(queue) >= count, within=within, every=every)
 
     @contextmanager
     def channel(self) -> Iterator[BlockingChannel]:

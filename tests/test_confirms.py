@@ -1,0 +1,126 @@
+"""The confirm ledger against a simple model: whatever the broker answers, each message is settled once."""
+
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from retry_scheduler.broker.confirms import ConfirmBatch, ConfirmLedger, Outcome
+
+
+@dataclass
+class Sent:
+    """What the model knows of one publication."""
+
+    batch: ConfirmBatch
+    place: int
+    key: str
+    returned: bool = False
+    outcome: Outcome | None = None
+
+
+class Ledger(RuleBasedStateMachine):
+    """Calls the ledger as the broker and the publisher do, in any order, and keeps a model beside it."""
+
+    @initialize()
+    def open_channel(self) -> None:
+        self.ledger = ConfirmLedger()
+        self.sent: list[Sent] = []  # number n of the broker is sent[n - 1]
+        self.batches: list[ConfirmBatch] = []
+        self.unexpected = 0
+
+    def outstanding(self) -> list[Sent]:
+        return [one for one in self.sent if one.outcome is None]
+
+    @rule(size=st.integers(min_value=0, max_value=5))
+    def send_batch(self, size: int) -> None:
+        batch = ConfirmBatch(size)
+        self.batches.append(batch)
+        for place in range(size):
+            sent = Sent(batch, place, key=f"{len(self.sent)}:0")
+            self.ledger.sent(batch, place, sent.key)
+            self.sent.append(sent)
+
+    @precondition(lambda self: self.outstanding())
+    @rule(data=st.data())
+    def return_one(self, data: st.DataObject) -> None:
+        sent = data.draw(st.sampled_from(self.outstanding()))
+        self.ledger.returned(sent.key)
+        sent.returned = True
+
+    @rule(key=st.sampled_from([None, "", "never sent"]))
+    def return_what_was_never_sent(self, key: str | None) -> None:
+        self.ledger.returned(key)
+        self.unexpected += 1
+
+    @precondition(lambda self: any(one.outcome for one in self.sent))
+    @rule(data=st.data())
+    def return_what_is_settled(self, data: st.DataObject) -> None:
+        sent = data.draw(st.sampled_from([one for one in self.sent if one.outcome]))
+        self.ledger.returned(sent.key)
+        self.unexpected += 1
+
+    @rule(data=st.data(), accepted=st.booleans())
+    def answer_one(self, data: st.DataObject, accepted: bool) -> None:
+        tag = data.draw(st.integers(min_value=1, max_value=len(self.sent) + 3))
+        self.ledger.answered(tag, multiple=False, accepted=accepted)
+        if tag > len(self.sent) or self.sent[tag - 1].outcome is not None:
+            self.unexpected += 1
+        else:
+            self.settle(self.sent[tag - 1], accepted)
+
+    @rule(data=st.data(), accepted=st.booleans())
+    def answer_all_up_to(self, data: st.DataObject, accepted: bool) -> None:
+        tag = data.draw(st.integers(min_value=0, max_value=len(self.sent) + 3))
+        self.ledger.answered(tag, multiple=True, accepted=accepted)
+        for sent in self.sent[: tag or None]:
+            if sent.outcome is None:
+                self.settle(sent, accepted)
+
+    @rule(outcome=st.sampled_from([Outcome.UNKNOWN, Outcome.SUSPECT]))
+    def lose_channel(self, outcome: Outcome) -> None:
+        lost = self.outstanding()
+        assert self.ledger.close(outcome) == len(lost)
+        for sent in lost:
+            sent.outcome = outcome
+
+    def settle(self, sent: Sent, accepted: bool) -> None:
+        answer = Outcome.CONFIRMED if accepted else Outcome.REFUSED
+        sent.outcome = Outcome.RETURNED if sent.returned else answer
+
+    @invariant()
+    def both_agree(self) -> None:
+        for sent in self.sent:
+            assert sent.batch.outcomes[sent.place] is sent.outcome
+        for batch in self.batches:
+            assert batch.done.is_set() == all(batch.outcomes)
+            assert batch.results() == [outcome or Outcome.UNKNOWN for outcome in batch.outcomes]
+        assert len(self.ledger) == len(self.outstanding())
+        assert self.ledger.unexpected_answers == self.unexpected
+
+
+Ledger.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestLedger = Ledger.TestCase
+
+
+def test_the_first_outcome_of_a_publication_counts() -> None:
+    batch = ConfirmBatch(1)
+
+    batch.settle(0, Outcome.UNSENDABLE)
+    batch.settle(0, Outcome.CONFIRMED)
+
+    assert batch.results() == [Outcome.UNSENDABLE]
+
+
+def test_a_key_used_again_while_the_first_is_outstanding_marks_the_later_one() -> None:
+    """It does not happen within one channel; if it did, one of the two must still count as returned."""
+    ledger, batch = ConfirmLedger(), ConfirmBatch(2)
+    ledger.sent(batch, 0, "same")
+    ledger.sent(batch, 1, "same")
+
+    ledger.returned("same")
+    ledger.answered(2, multiple=True, accepted=True)
+
+    assert batch.results() == [Outcome.CONFIRMED, Outcome.RETURNED]
+    assert len(ledger) == 0
