@@ -4,6 +4,7 @@ Exit codes (sysexits.h): 0 good, 64 usage, 69 a server is away, 70 a bug, 78 bad
 Heavy imports stand inside the commands, so that --help is quick.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Coroutine
@@ -38,6 +39,10 @@ def run() -> int:
 
     settings = load_settings(os.environ)
     set_up_logs(settings.log_level, service=settings.service_name)
+    # Batches make thousands of objects that reference counting frees by itself. With Python's own
+    # thresholds, looking for cycles among them took 6 % of the time.
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
     try:
         return _run(serve(settings))
     finally:

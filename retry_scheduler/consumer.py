@@ -16,6 +16,7 @@ What a repeated attempt means (contract, section 2):
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 
@@ -204,16 +205,19 @@ class Consumer:
         return onward, at_the_end
 
     def _report(self, first: dict[Attempt, "_Candidate"], stored: dict[Attempt, Stored]) -> None:
-        for attempt, entry in stored.items():
-            candidate = first[attempt]
-            if candidate.told != attempt:
+        for attempt in stored:
+            if first[attempt].told != attempt:
                 self._metrics.duplicate("stored_as_next")
-            self._metrics.scheduled(candidate.request.original_queue)
-            log.info(
-                logs.RETRY_SCHEDULED,
-                **_fields(candidate.request),
-                next_retry_at=entry.next_retry_at.isoformat(),
-            )
+        queues = Counter(first[attempt].request.original_queue for attempt in stored)
+        for queue, count in queues.items():
+            self._metrics.scheduled(queue, count)
+        logs.info_lines(
+            logs.RETRY_SCHEDULED,
+            (
+                _fields(first[attempt].request) | {"next_retry_at": entry.next_retry_at.isoformat()}
+                for attempt, entry in stored.items()
+            ),
+        )
         self._agenda.expect(entry.due_in_s for entry in stored.values())
 
     async def _quarantine(self, malformed: Sequence[Malformed]) -> None:

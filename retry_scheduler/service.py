@@ -28,7 +28,7 @@ from retry_scheduler.observability.metrics import Metrics, serve_metrics
 from retry_scheduler.presence import Presence
 from retry_scheduler.publisher import Publisher
 from retry_scheduler.repository import Repository
-from retry_scheduler.scheduler import Scheduler
+from retry_scheduler.scheduler import MAX_OUTSTANDING, Scheduler
 from retry_scheduler.schema import migrate
 from retry_scheduler.settings import Settings
 from retry_scheduler.settlement import Settler
@@ -152,7 +152,7 @@ class Service:
                 )
             )
             serving = asyncio.create_task(pages.serve(sockets=[socket]), name="pages")
-            log.info("Service starting", instance=self._name, http_port=settings.http_port)
+            log.info("Service starting", instance=self._name, most_duplicates_if_killed=MAX_OUTSTANDING)
             try:
                 await self._work()
             finally:

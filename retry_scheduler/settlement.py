@@ -190,6 +190,7 @@ class Settler:
         since_claim_s: float,
     ) -> None:
         executed: Counter[str] = Counter()
+        lines: list[dict[str, object]] = []
         for task, reason in zip(tasks, reasons, strict=True):
             if task.id not in confirmed:
                 continue
@@ -200,11 +201,12 @@ class Settler:
                 executed[task.original_queue] += 1
                 late_s = task.late_s + since_claim_s
                 self._metrics.lateness.observe(late_s)
-                log.info(logs.RETRY_EXECUTED, **_fields(task), late_ms=round(late_s * 1000, 1))
+                lines.append(_fields(task) | {"late_ms": round(late_s * 1000, 1)})
             else:
                 self._metrics.reviewed(task.original_queue, reason)
                 event = logs.EXHAUSTED if reason == "exhausted" else logs.UNDELIVERABLE
                 log.warning(event, **_fields(task), review_reason=reason)
+        logs.info_lines(logs.RETRY_EXECUTED, lines)
         for queue, count in executed.items():
             self._metrics.executed(queue, success=True, count=count)
 
