@@ -89,11 +89,16 @@ class Consumer:
         while batch := self._intake.take_arrived():
             await self._persist(batch)
 
-    async def run_once(self, batch: Sequence[Delivery]) -> None:
-        """Store one batch and acknowledge it. Raises Unavailable; then nothing was acknowledged."""
+    async def run_once(self, batch: Sequence[Delivery], *, again: bool = False) -> None:
+        """Store one batch and acknowledge it. Raises Unavailable; then nothing was acknowledged.
+
+        again: it was tried before, and part of it may be stored although the answer was lost.
+        """
         candidates: list[_Candidate] = []
         malformed: list[Malformed] = []
         for delivery in batch:
+            if delivery.done:  # by a try that failed later on
+                continue
             try:
                 candidates.append(_Candidate(self._read(delivery), delivery))
             except MalformedRequest as problem:
@@ -103,6 +108,8 @@ class Consumer:
                 malformed.append(
                     _malformed(delivery, MalformedRequest("body", "cannot be read (see the log)"))
                 )
+        if again:
+            candidates = await self._not_stored_yet(candidates)
         malformed += await self._store(candidates)
         if malformed:
             await self._quarantine(malformed)
@@ -111,11 +118,13 @@ class Consumer:
     async def _persist(self, batch: Sequence[Delivery]) -> None:
         """Store one batch, however long PostgreSQL is away: it is in the broker's hands until then."""
         pause_s = FIRST_PAUSE_S
+        again = False
         while True:
             try:
-                return await self.run_once(batch)
+                return await self.run_once(batch, again=again)
             except Unavailable as problem:
                 log.error(logs.SAVE_FAILED, messages=len(batch), error=str(problem))
+            again = True
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, LAST_PAUSE_S)
 
@@ -123,6 +132,7 @@ class Consumer:
         request = parse_request(
             delivery.body, own_queues=self._own_queues, default_max_retries=self._default_max_retries
         )
+        request.intake_id = delivery.intake_id
         if b"trace" in delivery.properties:
             trace = text_headers(delivery.properties, TRACE_HEADERS)
             request.traceparent = _short(trace.get("traceparent"))
@@ -135,6 +145,19 @@ class Consumer:
         if request.retry_after_ms is not None:
             return delay_asked_for(request.retry_after_ms)
         return delay_before_retry(request.retry_count, self._policy, random.random())
+
+    async def _not_stored_yet(self, candidates: Sequence["_Candidate"]) -> list["_Candidate"]:
+        """Report what an earlier try has stored although its answer was lost, and return the rest."""
+        stored = await self._repository.stored_intakes([candidate.request for candidate in candidates])
+        rest: list[_Candidate] = []
+        for candidate in candidates:
+            if candidate.delivery.intake_id in stored:
+                attempt, entry = stored[candidate.delivery.intake_id]
+                candidate.request.retry_count = attempt[1]
+                self._report({attempt: candidate}, {attempt: entry})
+            else:
+                rest.append(candidate)
+        return rest
 
     async def _store(self, candidates: Sequence["_Candidate"]) -> list[Malformed]:
         """Store all, repeated attempts by the rules above. Return those that cannot be stored."""
@@ -188,6 +211,7 @@ class Consumer:
             if state is None:  # archived or deleted a moment ago: then it is new after all
                 onward.append(candidate)
             elif candidate.delivery.redelivered or state.status == "pending":
+                candidate.delivery.done = True
                 self._metrics.duplicate("ignored")
                 log.info(
                     logs.DUPLICATE_IGNORED,
@@ -206,6 +230,7 @@ class Consumer:
 
     def _report(self, first: dict[Attempt, "_Candidate"], stored: dict[Attempt, Stored]) -> None:
         for attempt in stored:
+            first[attempt].delivery.done = True
             if first[attempt].told != attempt:
                 self._metrics.duplicate("stored_as_next")
         queues = Counter(first[attempt].request.original_queue for attempt in stored)
@@ -241,7 +266,9 @@ class _Candidate:
 
 def _malformed(delivery: Delivery, problem: MalformedRequest) -> Malformed:
     reason = storable_text(str(problem), REASON_MAX_BYTES)
-    return Malformed(problem.field, reason, delivery.body, delivery.properties, delivery.redelivered)
+    return Malformed(
+        problem.field, reason, delivery.body, delivery.properties, delivery.redelivered, delivery.intake_id
+    )
 
 
 def _short(header: str | None) -> str | None:

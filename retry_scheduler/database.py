@@ -7,13 +7,13 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
-from retry_scheduler.errors import DataRefused, Unavailable
+from retry_scheduler.errors import DataRefused, StatementRefused, Unavailable
 from retry_scheduler.sql import query
 
 SERVER = "PostgreSQL"
@@ -27,6 +27,8 @@ CONNECT_TIMEOUT_S = 5.0
 # /health promises an answer within 2 s, whatever hangs.
 PROBE_TIMEOUT_S = 1.5
 
+READ_ONLY = "takes no writes: it is a standby or set to read only"
+
 SESSION = {
     "application_name": "retry-scheduler",
     "statement_timeout": f"{STATEMENT_TIMEOUT_S:.0f}s",
@@ -37,6 +39,9 @@ SESSION = {
     "timezone": "UTC",
     # Our statements are short; compiling them costs more than running them.
     "jit": "off",
+    # Every statement of ours has its index. On a young table, whose statistics know nothing yet, the
+    # planner would read all of it, once for each row that is settled.
+    "enable_seqscan": "off",
 }
 
 
@@ -48,7 +53,7 @@ class DatabaseAddress:
     port: int
     database: str
     user: str
-    password: str | None
+    password: str | None = field(repr=False)
     tls: bool
 
 
@@ -71,6 +76,7 @@ class Database:
         self._pool_min = pool_min
         self._pool_max = pool_max
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._probing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Connect POSTGRES_POOL_MIN times. Raises Unavailable if the server is away or refuses the login."""
@@ -85,6 +91,9 @@ class Database:
 
     async def close(self) -> None:
         """Close every connection; cut those that do not end within two seconds."""
+        if self._probing is not None:
+            self._probing.cancel()
+            await asyncio.wait((self._probing,))
         pool, self._pool = self._pool, None
         if pool is None:
             return
@@ -104,14 +113,27 @@ class Database:
                 return await connection.fetch(query(name), *arguments)
 
     async def probe(self) -> None:
-        """Return if the server takes our writes now. Raises Unavailable within PROBE_TIMEOUT_S."""
+        """Return if the server takes our writes now and our role may do its work.
+
+        Raises Unavailable within PROBE_TIMEOUT_S. Those who ask while an answer is outstanding share
+        it: many who ask about a slow server must not take its connections from the work.
+        """
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe(), name="probe")
+            self._probing.add_done_callback(lambda probing: probing.cancelled() or probing.exception())
+        await asyncio.shield(self._probing)
+
+    async def _probe(self) -> None:
         with _sorted_errors():
             async with (
                 asyncio.timeout(PROBE_TIMEOUT_S),
                 self._connection(acquire_s=PROBE_TIMEOUT_S, use_s=PROBE_TIMEOUT_S) as connection,
             ):
-                if not await connection.fetchval(query("server_state")):
-                    raise _ReadOnly(SERVER, "takes no writes: it is a standby or set to read only")
+                (state,) = await connection.fetch(query("server_state"))
+                if not state["writable"]:
+                    raise _ReadOnly(SERVER, READ_ONLY)
+                if state["lacking"]:
+                    raise Unavailable(SERVER, f"lacks {', '.join(state['lacking'])}")
 
     @asynccontextmanager
     async def _connection(
@@ -132,15 +154,20 @@ class Database:
             await pool.release(connection)
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[asyncpg.Connection]:
-        """Lend one connection of its own outside the pool, for migrations and checks. Raises Unavailable."""
+    async def session(self, *, within_s: float | None = None) -> AsyncIterator[asyncpg.Connection]:
+        """Lend one connection of its own outside the pool, for migrations and checks.
+
+        within_s: for connecting and all that is done with it; a link may fall silent at any moment.
+        An open transaction is rolled back by the end of the session.
+        Raises Unavailable.
+        """
         with _sorted_errors():
-            connection = await asyncpg.connect(**self._connect_arguments())
-        try:
-            with _sorted_errors():
-                yield connection
-        finally:
-            connection.terminate()
+            async with asyncio.timeout(within_s):
+                connection = await asyncpg.connect(**self._connect_arguments())
+                try:
+                    yield connection
+                finally:
+                    connection.terminate()
 
     def _connect_arguments(self) -> dict[str, Any]:
         address = self._address
@@ -168,6 +195,9 @@ _MUST_NOT_BE_LENT_AGAIN = (
     _ReadOnly,
 )
 
+# SQLSTATE classes: syntax error or access rule violation, invalid schema name, feature not supported.
+_STATEMENT_REFUSED = ("42", "3F", "0A")
+
 
 @contextmanager
 def _sorted_errors() -> Iterator[None]:
@@ -176,9 +206,13 @@ def _sorted_errors() -> Iterator[None]:
         yield
     except asyncpg.PostgresError as error:
         sqlstate = error.sqlstate or "unknown"
-        if sqlstate[:2] in ("22", "23"):
+        # Other violations (a unique key, a foreign trigger) are the table's trouble, not the message's.
+        if sqlstate[:2] == "22" or sqlstate == "23514":
             raise DataRefused(_first_line(error), sqlstate=sqlstate) from error
-        raise Unavailable(SERVER, f"{_first_line(error)} (SQLSTATE {sqlstate})") from error
+        problem = f"{_first_line(error)} (SQLSTATE {sqlstate})"
+        if sqlstate[:2] in _STATEMENT_REFUSED:
+            raise StatementRefused(SERVER, problem, sqlstate=sqlstate) from error
+        raise Unavailable(SERVER, problem) from error
     except asyncpg.InterfaceError as error:
         if isinstance(error, ValueError):  # a value that the driver cannot encode
             raise DataRefused(_first_line(error), sqlstate="client") from error

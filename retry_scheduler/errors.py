@@ -4,6 +4,7 @@ A driver's exception (asyncpg, pika, pydantic) stops in the module that called t
 
     RetrySchedulerError
     |-- Unavailable          wait and try again; nothing was lost
+    |   `-- StatementRefused     the same; but at the start no waiting helps: UnusableSchema
     |-- DataRefused          one row of this batch cannot be stored; find it and set it aside
     |-- MalformedRequest     this message can never become an attempt; quarantine it
     |-- BadSettings          tell the operator every wrong setting and leave with 78
@@ -30,8 +31,19 @@ class Unavailable(RetrySchedulerError):
         self.problem = problem
 
 
+class StatementRefused(Unavailable):
+    """PostgreSQL refuses a statement of ours: a table, a column or a right is missing, or in the way.
+
+    Somebody may be at work on the tables, so a running service waits as for any other outage.
+    """
+
+    def __init__(self, server: str, problem: str, *, sqlstate: str) -> None:
+        super().__init__(server, problem)
+        self.sqlstate = sqlstate
+
+
 class DataRefused(RetrySchedulerError):
-    """PostgreSQL refuses a value (SQLSTATE class 22 or 23). Repeating the statement cannot help.
+    """PostgreSQL refuses a value (SQLSTATE class 22, or 23514). Repeating the statement cannot help.
 
     sqlstate: the five characters of the SQLSTATE, or "client" where the driver could not encode the value.
     """

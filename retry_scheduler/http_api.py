@@ -1,25 +1,35 @@
 """GET /health and GET /ready: is the service well, and does it take work? Neither tells a secret.
 
-    healthy   both servers answer and take our writes
-    ready     healthy, consuming, and not about to stop
+    healthy   both servers answer, take our writes, and let us do our work
+    ready     healthy, consuming, beating, and not about to stop
 
-Every answer comes within two seconds, whatever hangs: each check has a shorter deadline.
+Every answer comes within two seconds, whatever hangs: each check has a shorter deadline. Whoever
+connects must ask within REQUEST_WITHIN_S, and at most MAX_CONNECTIONS are open: beyond, the one that
+has been idle longest makes room, or if all are being answered the new one is refused.
 """
 
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from retry_scheduler.errors import PortTaken, Unavailable
 
 CHECK_TIMEOUT_S = 1.5
+ANSWER_WITHIN_S = 2.0
+
+REQUEST_WITHIN_S = 5.0
+
+# Far more than probes and people need. Each costs a file descriptor, of which there may be 1,024.
+MAX_CONNECTIONS = 100
 
 # A check raises Unavailable if its server is away. Its key is the server's name in the answer.
 Checks = Mapping[str, Callable[[], Awaitable[None]]]
@@ -32,6 +42,54 @@ class HealthServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Take no signals."""
         yield
+
+
+class BoundedProtocol(H11Protocol):
+    """One connection to the pages, cut unless it brings one whole request after another in time."""
+
+    _impatience: asyncio.TimerHandle | None = None
+    idle_since_s = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits for its answer; half a request does not count."""
+        cycle: Any = self.cycle  # None before the first request, whatever its annotation says
+        return cycle is None or cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take the connection, or make room for it."""
+        super().connection_made(transport)
+        self._await_request()
+        if len(self.connections) > MAX_CONNECTIONS:
+            others: list[Any] = [other for other in self.connections if other is not self]
+            idle = [other for other in others if other.is_idle]
+            leaving = min(idle, key=lambda other: other.idle_since_s) if idle else self
+            self.connections.discard(leaving)
+            leaving.transport.abort()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self._await_request()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        if self._impatience is not None:
+            self._impatience.cancel()
+        super().connection_lost(exc)
+
+    def _await_request(self) -> None:
+        # Bytes that arrive do not postpone the end, only an answer does: else one byte a second would do.
+        if self._impatience is not None:
+            self._impatience.cancel()
+        self.idle_since_s = self.loop.time()
+        self._impatience = self.loop.call_later(REQUEST_WITHIN_S, self._end_wait)
+
+    def _end_wait(self) -> None:
+        if self.is_idle:
+            self.transport.abort()
+        else:
+            self._impatience = self.loop.call_later(ANSWER_WITHIN_S, self.transport.abort)
 
 
 def build_app(service: str, checks: Checks, is_ready: Callable[[], str | None]) -> Starlette:
@@ -75,13 +133,14 @@ def build_server(app: Starlette) -> HealthServer:
     return HealthServer(
         uvicorn.Config(
             app,
+            http=BoundedProtocol,
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_keep_alive=5,
+            timeout_keep_alive=int(REQUEST_WITHIN_S),
             timeout_graceful_shutdown=1,
-            limit_concurrency=100,
             h11_max_incomplete_event_size=16 * 1024,
         )
     )

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 from retry_scheduler.broker.topology import missing_queues
 from retry_scheduler.database import Database
-from retry_scheduler.errors import Unavailable
-from retry_scheduler.schema import missing_migrations
+from retry_scheduler.errors import Unavailable, UnusableSchema
+from retry_scheduler.schema import inspect
 from retry_scheduler.service import database_address
 from retry_scheduler.settings import Settings
 
 EX_OK = 0
 EX_UNAVAILABLE = 69
+EX_CONFIG = 78
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,16 @@ async def check_everything(settings: Settings) -> AsyncIterator[Finding]:
 async def _check_database(settings: Settings) -> Finding:
     where = f"PostgreSQL {settings.postgres_host}:{settings.postgres_port}/{settings.postgres_db}"
     try:
-        missing = await missing_migrations(Database(database_address(settings), pool_min=0, pool_max=1))
+        state = await inspect(Database(database_address(settings), pool_min=0, pool_max=1))
     except Unavailable as problem:
         return Finding(where, problem.problem, EX_UNAVAILABLE)
-    if missing:
+    except UnusableSchema as problem:
+        return Finding(where, str(problem), EX_CONFIG)
+    if state.problem:
+        return Finding(where, state.problem, EX_CONFIG)
+    if state.missing:
         return Finding(
-            where, f"reachable; `run` or `migrate` will apply {', '.join(m.name for m in missing)}"
+            where, f"reachable; `run` or `migrate` will apply {', '.join(m.name for m in state.missing)}"
         )
     return Finding(where, "reachable, tables up to date")
 

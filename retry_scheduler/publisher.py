@@ -1,11 +1,11 @@
 """Builds what goes out and sends it: retries to their original queues, the rest to manual review.
 
-Section 3 of the contract is here. Which of the two ways a message takes is the scheduler's decision.
+Section 3 of the contract is here. Which of the two ways a message takes is the settler's decision.
 """
 
 import asyncio
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -26,6 +26,9 @@ UNPUBLISHABLE_AFTER = ALONE_AFTER + 3
 WITHOUT_PAYLOAD_AFTER = UNPUBLISHABLE_AFTER + 3
 
 SPARE_LINK_TIMEOUT_S = 5.0
+
+# (place, outcome) of publications whose fate is known by now.
+Wave = list[tuple[int, Outcome]]
 
 _encode_json = msgspec.json.Encoder().encode
 
@@ -129,23 +132,28 @@ class Publisher:
         self._spare_link = spare_link
         self._review_queue = manual_review_queue
 
-    async def publish(self, tasks: Sequence[ClaimedRetry], reasons: Sequence[str | None]) -> list[Outcome]:
+    def publish(
+        self, tasks: Sequence[ClaimedRetry], reasons: Sequence[str | None], still_ours: Callable[[], bool]
+    ) -> AsyncIterator[Wave]:
         """Send each attempt to manual review where it has a reason to, otherwise back to its queue.
 
-        Returns the outcomes in order. UNSENDABLE: no message can be made of it.
+        still_ours: asked before each one that travels alone, since those may take long.
+        Yields outcomes in waves; UNSENDABLE: no message can be made of it.
         """
         publications = [self._build(task, reason) for task, reason in zip(tasks, reasons, strict=True)]
-        return await self._send(publications, [task.claims_unsettled for task in tasks])
+        return self._send(publications, [task.claims_unsettled for task in tasks], still_ours)
 
-    async def publish_quarantined(self, kept: Sequence[ClaimedQuarantine]) -> list[Outcome]:
-        """Send malformed input to manual review and return the outcomes in order."""
-        publications = [
+    def publish_quarantined(
+        self, kept: Sequence[ClaimedQuarantine], still_ours: Callable[[], bool]
+    ) -> AsyncIterator[Wave]:
+        """Send malformed input to manual review. Otherwise as `publish`."""
+        publications: list[Publication | None] = [
             quarantine_publication(
                 item, self._review_queue, with_payload=_payload_may_go(item.claims_unsettled)
             )
             for item in kept
         ]
-        return await self._send(publications, [item.claims_unsettled for item in kept])
+        return self._send(publications, [item.claims_unsettled for item in kept], still_ours)
 
     async def restore_queues(self) -> None:
         """Create the manual review queue again, which seems to have been deleted. Raises Unavailable."""
@@ -161,36 +169,51 @@ class Publisher:
             return None
 
     async def _send(
-        self, publications: Sequence[Publication | None], unsettled: Sequence[int]
-    ) -> list[Outcome]:
-        outcomes = [Outcome.UNSENDABLE] * len(publications)
+        self,
+        publications: Sequence[Publication | None],
+        unsettled: Sequence[int],
+        still_ours: Callable[[], bool],
+    ) -> AsyncIterator[Wave]:
         together: list[tuple[int, Publication]] = []
         alone: list[tuple[int, Publication]] = []
+        unsendable: Wave = []
         for place, (publication, claims) in enumerate(zip(publications, unsettled, strict=True)):
-            if publication is not None:
-                (alone if claims > ALONE_AFTER else together).append((place, publication))
+            if publication is None:
+                unsendable.append((place, Outcome.UNSENDABLE))
+            elif travels_alone(claims):
+                alone.append((place, publication))
+            else:
+                together.append((place, publication))
+        if unsendable:
+            yield unsendable
         if together:
-            results = await self._link.publish([publication for _, publication in together])
-            for (place, _), outcome in zip(together, results, strict=True):
-                outcomes[place] = outcome
+            async for wave in self._link.waves([publication for _, publication in together]):
+                yield [(together[index][0], outcome) for index, outcome in wave]
         if alone:
-            results = await self._send_alone([publication for _, publication in alone])
-            for (place, _), outcome in zip(alone, results, strict=True):
-                outcomes[place] = outcome
-        return outcomes
+            async for wave in self._send_alone([publication for _, publication in alone], still_ours):
+                yield [(alone[index][0], outcome) for index, outcome in wave]
 
-    async def _send_alone(self, publications: Sequence[Publication]) -> list[Outcome]:
+    async def _send_alone(
+        self, publications: Sequence[Publication], still_ours: Callable[[], bool]
+    ) -> AsyncIterator[Wave]:
         link = self._spare_link()
         running = asyncio.create_task(link.run(), name="spare link")
         try:
-            outcomes = []
-            for publication in publications:
+            for index, publication in enumerate(publications):
                 await link.wait_until_ready(SPARE_LINK_TIMEOUT_S)
-                outcomes += await link.publish([publication])
-            return outcomes
+                if not link.ready or not still_ours():
+                    yield [(rest, Outcome.NOT_SENT) for rest in range(index, len(publications))]
+                    return
+                (outcome,) = await link.publish([publication])
+                yield [(index, outcome)]
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+
+def travels_alone(claims_unsettled: int) -> bool:
+    """Whether a row is suspected of harming what travels with it."""
+    return claims_unsettled > ALONE_AFTER
 
 
 def _payload_may_go(claims_unsettled: int) -> bool:

@@ -1,11 +1,11 @@
 """What the service asks of PostgreSQL, in its own words: store, claim, settle, give back, look.
 
 The statements are in sql/queries.sql. A claim is a lease with a fence: `claims` rises with every
-claim, and settling names it, so that an instance that was overtaken changes nothing. Every method
-may be repeated after Unavailable; none keeps state.
+claim, and settling names it, so that an instance that was overtaken changes nothing. No method
+keeps state. Before `store` is repeated after Unavailable, `stored_intakes` tells what it had stored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from uuid import UUID
@@ -43,6 +43,7 @@ class Malformed(msgspec.Struct):
     raw_body: bytes
     raw_properties: bytes
     redelivered: bool
+    intake_id: int
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -50,7 +51,7 @@ class Lease(msgspec.Struct, frozen=True):
 
     owner: the claiming instance. lasts: until others may take the row although the owner is in the
     register. limit_rows, limit_bytes: at least one row comes whatever its size, then as many as fit.
-    floor: nothing that is pending is due before it.
+    floor: nothing that is pending is due before it. in_hand: ids that the owner knows to hold.
     """
 
     owner: UUID
@@ -58,6 +59,7 @@ class Lease(msgspec.Struct, frozen=True):
     limit_rows: int
     limit_bytes: int
     floor: datetime = LONG_AGO
+    in_hand: Collection[int] = ()
 
 
 class Settlement(msgspec.Struct):
@@ -117,10 +119,24 @@ class Repository:
             [request.payload for request in requests],
             [request.traceparent for request in requests],
             [request.tracestate for request in requests],
+            [request.intake_id for request in requests],
         )
         return {
             (str(message_id), retry_count): Stored(next_retry_at, due_in)
             for message_id, retry_count, next_retry_at, due_in in rows
+        }
+
+    async def stored_intakes(self, requests: Sequence[RetryRequest]) -> dict[int, tuple[Attempt, Stored]]:
+        """Return, by intake_id, what has been stored of `requests` although its answer was lost."""
+        rows = await self._database.fetch(
+            "stored_intakes",
+            [request.message_id for request in requests],
+            [request.intake_id for request in requests],
+        )
+        names = {request.intake_id: request.message_id for request in requests}
+        return {
+            intake_id: ((names[intake_id], retry_count), Stored(next_retry_at, due_in))
+            for intake_id, retry_count, next_retry_at, due_in in rows
         }
 
     async def attempt_states(self, attempts: Sequence[Attempt]) -> dict[Attempt, AttemptState]:
@@ -143,12 +159,15 @@ class Repository:
             [item.raw_body for item in malformed],
             [item.raw_properties for item in malformed],
             [item.redelivered for item in malformed],
+            [item.intake_id for item in malformed],
         )
         return [row[0] for row in rows]
 
     async def claim_due(self, lease: Lease) -> list[ClaimedRetry]:
         """Borrow due attempts, the oldest ones, in no promised order; perhaps none."""
-        rows = await self._database.fetch("claim_due", *_claim_arguments(lease), lease.floor)
+        rows = await self._database.fetch(
+            "claim_due", *_claim_arguments(lease), lease.floor, list(lease.in_hand)
+        )
         return [ClaimedRetry(row[0], row[1], str(row[2]), *row[3:]) for row in map(tuple, rows)]
 
     async def complete(self, settlements: Sequence[Settlement]) -> set[int]:
@@ -199,16 +218,16 @@ class Repository:
         await self._database.fetch("join_instances", owner, name)
 
     async def leave_instances(self, owner: UUID) -> None:
-        """Strike an instance off the register, which ends its leases."""
+        """Mark an instance as gone: it holds nothing any more."""
         await self._database.fetch("leave_instances", owner)
 
     async def bury_instances(self, beats: Mapping[UUID, int]) -> list[str]:
-        """Strike off those whose beat is still the one given; return their names. It ends their leases."""
+        """Mark as gone those whose beat is still the one given; return their names. It voids their leases."""
         rows = await self._database.fetch("bury_instances", list(beats), list(beats.values()))
         return [row["name"] for row in rows]
 
     async def beat(self, owner: UUID, look_ahead: timedelta, floor: datetime) -> Sighting | None:
-        """Show that `owner` is alive and look at the table. None: the register does not know `owner`.
+        """Show that `owner` is alive and look at the table. None: not registered, or marked as gone.
 
         floor: nothing that is pending is due before it.
         """

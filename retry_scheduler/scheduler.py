@@ -9,8 +9,10 @@ broker fills the hands, and claiming waits.
 
 import asyncio
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
+from uuid import UUID
 
 import structlog
 
@@ -21,6 +23,7 @@ from retry_scheduler.messages import ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.presence import BEAT_EVERY, Presence
+from retry_scheduler.publisher import travels_alone
 from retry_scheduler.repository import LONG_AGO, Lease, Repository
 from retry_scheduler.settlement import Settler
 
@@ -45,6 +48,9 @@ LOOK_AHEAD = timedelta(seconds=HORIZON_S)
 
 # Walking over some ten thousand dead index entries takes about this long.
 SLOW_SEARCH_S = 0.02
+
+# However short the poll interval is set: each beat is a transaction.
+SHORTEST_BEAT_S = 0.1
 
 FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 1.0
@@ -73,7 +79,7 @@ class Scheduler:
         self._metrics = metrics
         self._name = name
         self._poll_interval_s = poll_interval.total_seconds()
-        self._in_hand = 0
+        self._held: dict[int, int] = {}  # id -> claims
         self._deliveries: set[asyncio.Task[None]] = set()
         self._changed = link.changed  # also set when anything else changes that claiming waits for
         self._quarantined = asyncio.Event()
@@ -104,13 +110,19 @@ class Scheduler:
         """Claim one batch and start its delivery. Returns whether more may be due. Raises Unavailable."""
         limit_rows = max(self._claimable(), 1)
         claimed_at_s = time.monotonic()
-        tasks = await self._repository.claim_due(self._lease(limit_rows))
+        lease = self._lease(limit_rows)
+        tasks = await self._repository.claim_due(lease)
         if tasks:
             self._claimed_since_search = True
-            self._in_hand += len(tasks)
-            delivery = asyncio.create_task(self._deliver(tasks, claimed_at_s), name="delivery")
-            self._deliveries.add(delivery)
-            delivery.add_done_callback(self._deliveries.discard)
+            self._held.update((task.id, task.claims) for task in tasks)
+            lonely = [task for task in tasks if travels_alone(task.claims_unsettled)]
+            others = [task for task in tasks if not travels_alone(task.claims_unsettled)]
+            for batch in filter(None, (others, lonely)):
+                delivery = asyncio.create_task(
+                    self._deliver(batch, claimed_at_s, lease.owner), name="delivery"
+                )
+                self._deliveries.add(delivery)
+                delivery.add_done_callback(self._deliveries.discard)
         size = sum(len(task.payload or b"") for task in tasks)
         return len(tasks) == limit_rows or size > CLAIM_BYTES // 2
 
@@ -167,8 +179,8 @@ class Scheduler:
         if self._presence.fenced(time.monotonic()) or not self._link.ready:
             return 0
         if not self._link.proven:
-            return 0 if self._in_hand else 1
-        room = MAX_IN_HAND - self._in_hand
+            return 0 if self._held else 1
+        room = MAX_IN_HAND - len(self._held)
         return min(room, CLAIM_ROWS) if room >= CLAIM_ROWS else 0
 
     async def _wait_until_claimable(self, stop: asyncio.Event) -> None:
@@ -176,34 +188,50 @@ class Scheduler:
             self._changed.clear()
             await self._changed.wait()
 
-    async def _deliver(self, tasks: list[ClaimedRetry], claimed_at_s: float) -> None:
-        try:
+    async def _deliver(self, tasks: list[ClaimedRetry], claimed_at_s: float, owner: UUID) -> None:
+        def still_ours() -> bool:
+            """Not frozen, cut off or renamed since: then others may have taken these rows."""
             now_s = time.monotonic()
-            if self._presence.fenced(now_s) or now_s - claimed_at_s > PUBLISH_BEFORE_S:
-                # We were frozen or cut off: others may have taken these rows by now.
-                await self._settler.give_back(tasks)
+            young = now_s - claimed_at_s < PUBLISH_BEFORE_S
+            return young and owner == self._presence.id and not self._presence.fenced(now_s)
+
+        def put_down(settled: Iterable[ClaimedRetry]) -> None:
+            for task in settled:
+                # A row that was given back may have been claimed anew before its answer came.
+                if self._held.get(task.id) == task.claims:
+                    del self._held[task.id]
+            self._changed.set()
+
+        try:
+            if still_ours():
+                await self._settler.deliver(tasks, claimed_at_s, still_ours=still_ours, on_settled=put_down)
             else:
-                await self._settler.deliver(tasks, claimed_at_s)
+                await self._settler.give_back(tasks)
         except Exception:  # a bug of ours: whatever was published is published once more, later
             log.exception("Failed to deliver a batch", rows=len(tasks))
             await self._settler.put_off(tasks)
         finally:
-            self._in_hand -= len(tasks)
-            self._changed.set()
+            put_down(tasks)
 
     async def _deliver_quarantined(self, stop: asyncio.Event) -> None:
+        def still_ours() -> bool:
+            return not self._presence.fenced(time.monotonic())
+
         while not stop.is_set():
             await self._quarantined.wait()
             self._quarantined.clear()
             try:
-                while self._link.ready and not stop.is_set():
+                while self._link.ready and still_ours() and not stop.is_set():
                     limit_rows = MAX_QUARANTINED_IN_HAND if self._link.proven else 1
                     kept = await self._repository.claim_quarantined(self._lease(limit_rows))
                     if not kept:
                         break
-                    await self._settler.deliver_quarantined(kept)
+                    await self._settler.deliver_quarantined(kept, still_ours=still_ours)
             except Unavailable as problem:  # a later beat will see that something waits
                 log.error(logs.QUARANTINE_CLAIM_FAILED, error=problem.problem)
+            except Exception:  # a bug of ours: the next claim takes these rows again, after a pause
+                log.exception(logs.QUARANTINE_CLAIM_FAILED)
+                await asyncio.sleep(LAST_PAUSE_S)
 
     async def _beat_for_ever(self) -> None:
         while True:
@@ -213,7 +241,7 @@ class Scheduler:
             except Unavailable as problem:
                 self._metrics.reconnecting(problem.server)
                 log.warning(logs.POSTGRES_FAILED, error=problem.problem)
-            period_s = min(BEAT_EVERY.total_seconds(), self._poll_interval_s)
+            period_s = min(BEAT_EVERY.total_seconds(), max(self._poll_interval_s, SHORTEST_BEAT_S))
             await asyncio.sleep(max(began_s + period_s - time.monotonic(), period_s / 10))
 
     async def _search_for_ever(self) -> None:
@@ -243,4 +271,4 @@ class Scheduler:
         self._quarantined.set()
 
     def _lease(self, limit_rows: int) -> Lease:
-        return Lease(self._presence.id, LEASE, limit_rows, CLAIM_BYTES, self._floor)
+        return Lease(self._presence.id, LEASE, limit_rows, CLAIM_BYTES, self._floor, frozenset(self._held))

@@ -1,15 +1,17 @@
 """Puts the parts together, starts them, and stops them in order. Nothing else opens or closes anything.
 
-start    pages first (503 until the servers are there), then PostgreSQL and its tables, then the
-         broker; each server is waited for, one warning a try
-running  consumer, scheduler and both broker links; one that dies takes the service down loudly
+start    pages and publishing link first (503 until the servers are there), then PostgreSQL and its
+         tables, then the intake; each server is waited for, one warning a try
+running  consumer, scheduler, both broker links, pages; one that dies takes the service down loudly
 stop     stop taking, store what has arrived, settle what is in hand, close; at most STOP_WITHIN_S
 """
 
 import asyncio
 import signal
-from collections.abc import Awaitable
+import time
+from collections.abc import Awaitable, Coroutine
 from datetime import timedelta
+from typing import Any
 
 import structlog
 
@@ -24,7 +26,8 @@ from retry_scheduler.errors import Unavailable
 from retry_scheduler.http_api import build_app, build_server, listen
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.live import LiveFigures
-from retry_scheduler.observability.metrics import Metrics, serve_metrics
+from retry_scheduler.observability.metrics import Metrics
+from retry_scheduler.observability.metrics_server import serve_metrics
 from retry_scheduler.presence import Presence
 from retry_scheduler.publisher import Publisher
 from retry_scheduler.repository import Repository
@@ -67,6 +70,7 @@ class Service:
         self._presence = Presence()
         self._stop = asyncio.Event()
         self._started = False
+        self._deaths: list[Exception] = []
         self._database = Database(
             database_address(settings),
             pool_min=min(settings.postgres_pool_min, settings.postgres_pool_max),
@@ -137,13 +141,18 @@ class Service:
         self._stop.set()
 
     async def run(self) -> None:
-        """Serve until `request_stop`. Raises PortTaken or UnusableSchema, or a group if a loop dies."""
+        """Serve until `request_stop`. Raises PortTaken or UnusableSchema, or a group if a part dies."""
         settings = self._settings
         loop = asyncio.get_running_loop()
         live = LiveFigures(loop, count=self._repository.queue_figures, check=self._check_usable)
         self._metrics.watch(service=settings.service_name, up=live.up, figures=live.queue)
         with listen(settings.http_host, settings.http_port) as socket:
-            metrics_server = serve_metrics(self._metrics, host=settings.http_host, port=settings.metrics_port)
+            metrics_server = serve_metrics(
+                self._metrics.registry,
+                host=settings.http_host,
+                port=settings.metrics_port,
+                on_death=lambda error: loop.call_soon_threadsafe(self._note_death, "metrics", error),
+            )
             pages = build_server(
                 build_app(
                     settings.service_name,
@@ -151,11 +160,12 @@ class Service:
                     self._not_ready_because,
                 )
             )
-            serving = asyncio.create_task(pages.serve(sockets=[socket]), name="pages")
+            serving = self._start_part("pages", pages.serve(sockets=[socket]))
             log.info("Service starting", instance=self._name, most_duplicates_if_killed=MAX_OUTSTANDING)
             try:
                 await self._work()
             finally:
+                self._stop.set()  # the parts may end now
                 pages.should_exit = True
                 await asyncio.wait((serving,), timeout=2)
                 live.close()
@@ -163,25 +173,43 @@ class Service:
                 metrics_server.server_close()
                 await self._database.close()
                 log.info("Service stopped")
+        if self._deaths:
+            raise ExceptionGroup("a part of the service died", self._deaths)
 
     async def _work(self) -> None:
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        links = [self._start_part("publish link", self._link.run())]
         try:
             await _first_of(self._open_database(), stopping)
-            if self._stop.is_set():
-                return
-            links = [
-                asyncio.create_task(self._link.run(), name="publish link"),
-                asyncio.create_task(self._intake.run(), name="intake link"),
-            ]
-            try:
+            if not self._stop.is_set():
+                links.append(self._start_part("intake link", self._intake.run()))
                 await self._run_loops(stopping)
-            finally:
-                for task in links:
-                    task.cancel()
-                await asyncio.wait(links, timeout=LINKS_CLOSE_WITHIN_S)
         finally:
+            for task in links:
+                task.cancel()
+            await asyncio.wait(links, timeout=LINKS_CLOSE_WITHIN_S)
             stopping.cancel()
+
+    def _start_part(self, name: str, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Start what must not end before the service does. If it does, the service stops and `run` raises."""
+
+        async def watched() -> None:
+            try:
+                await work
+                if not self._stop.is_set():
+                    raise RuntimeError(f"{name} ended by itself")
+            except Exception as error:
+                self._note_death(name, error)
+
+        return asyncio.create_task(watched(), name=name)
+
+    def _note_death(self, name: str, error: Exception) -> None:
+        if self._stop.is_set():  # too late to harm anybody: the work was finished, or will be
+            log.error("A part of the service failed while stopping", part=name, exc_info=error)
+            return
+        log.critical("A part of the service died - stopping", part=name, error=repr(error))
+        self._deaths.append(error)
+        self._stop.set()
 
     async def _run_loops(self, stopping: "asyncio.Task[bool]") -> None:
         """Run consumer and scheduler until told to stop, then give them STOP_WITHIN_S to finish."""
@@ -221,9 +249,11 @@ class Service:
             raise Unavailable(
                 RABBITMQ, "blocked: the broker has a memory or disk alarm and takes no messages"
             )
-        if not self._link.up or not self._intake.up:
+        # Nothing is consumed before the tables are there; that is not RabbitMQ's fault.
+        links = (self._link, self._intake) if self._started else (self._link,)
+        if not all(link.up for link in links):
             raise Unavailable(RABBITMQ, "not connected")
-        await asyncio.gather(self._intake.round_trip(), self._link.round_trip())
+        await asyncio.gather(*(link.round_trip() for link in links))
 
     def _not_ready_because(self) -> str | None:
         if self._stop.is_set():
@@ -232,7 +262,11 @@ class Service:
             return "starting"
         if self._link.blocked:
             return "blocked"
-        return None if self._intake.up and self._link.up else "not connected to RabbitMQ"
+        if not self._intake.up or not self._link.up:
+            return "not connected to RabbitMQ"
+        if self._presence.fenced(time.monotonic()):
+            return "no beat reaches PostgreSQL: nothing may be published"
+        return None
 
     async def _check_usable(self) -> None:
         reason = self._not_ready_because()

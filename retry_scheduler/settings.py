@@ -98,7 +98,8 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _agree_with_each_other(self) -> Self:
         problems = []
-        chosen = {"postgres_pool_min", "postgres_pool_max"} <= self.model_fields_set
+        # A maximum below the default minimum takes the minimum with it; only a chosen minimum can be wrong.
+        chosen = "postgres_pool_min" in self.model_fields_set
         if chosen and self.postgres_pool_min > self.postgres_pool_max:
             problems.append(
                 f"POSTGRES_POOL_MIN: {self.postgres_pool_min} is above POSTGRES_POOL_MAX, "

@@ -3,10 +3,10 @@
     claimed --publish--> confirmed            -> retried, or failed if it went to manual review
                          returned or refused  -> back to pending, due again later, one failure more
                          unknown              -> back to pending, due again soon, same x-retry-id
+                         overdue              -> the same, after the longest delay: its queue hangs
                          suspect              -> the same, and from now on it travels alone; after
                                                  three such journeys it goes to manual review
                          not sent             -> back to pending as it was
-                         unsendable           -> manual review, in the same breath
 
 Crash windows: before the publish nothing has happened, and the lease runs out. Between publish and
 settlement the message may have been delivered: whoever claims the row next sends it again, and the
@@ -17,8 +17,9 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -30,12 +31,15 @@ from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
-from retry_scheduler.publisher import ALONE_AFTER, UNPUBLISHABLE_AFTER, Publisher
+from retry_scheduler.publisher import ALONE_AFTER, UNPUBLISHABLE_AFTER, Publisher, travels_alone
 from retry_scheduler.repository import Release, Repository, Settlement
 
 log = structlog.get_logger()
 
 Result = TypeVar("Result")
+
+# Perhaps delivered, perhaps not.
+_LOST = (Outcome.UNKNOWN, Outcome.OVERDUE, Outcome.SUSPECT, Outcome.UNSENDABLE)
 
 # An unknown publication waits until the connection is back; at random, so that a thousand of them
 # do not come back together.
@@ -68,80 +72,87 @@ class Settler:
         self._policy = policy
         self._max_publish_failures = max_publish_failures
 
-    async def deliver(self, tasks: Sequence[ClaimedRetry], claimed_at_s: float) -> None:
-        """Publish and settle attempts. claimed_at_s: monotonic time just before they were claimed."""
+    async def deliver(
+        self,
+        tasks: Sequence[ClaimedRetry],
+        claimed_at_s: float,
+        *,
+        still_ours: Callable[[], bool],
+        on_settled: Callable[[Iterable[ClaimedRetry]], None],
+    ) -> None:
+        """Publish attempts, and settle each as soon as its fate is known.
+
+        claimed_at_s: monotonic time just before they were claimed. still_ours: whether the leases hold.
+        on_settled: told what is no longer in hand.
+        """
         reasons = [self._review_reason(task) for task in tasks]
-        outcomes = await self._publisher.publish(tasks, reasons)
-        unsendable = [place for place, outcome in enumerate(outcomes) if outcome is Outcome.UNSENDABLE]
-        if unsendable:
-            for place in unsendable:
-                reasons[place] = reasons[place] or "unpublishable"
-            again = await self._publisher.publish(
-                [tasks[p] for p in unsendable], [reasons[p] for p in unsendable]
-            )
-            for place, outcome in zip(unsendable, again, strict=True):
-                outcomes[place] = outcome
-        confirmed_at_s = time.monotonic()
-        settlements: list[Settlement] = []
-        releases: list[Release] = []
-        for task, reason, outcome in zip(tasks, reasons, outcomes, strict=True):
-            if outcome is Outcome.CONFIRMED:
-                status = "retried" if reason is None else "failed"
-                settlements.append(Settlement(task.id, task.claims, status, reason))
-            else:
-                releases.append(self._release(task, reason, outcome))
-        if settlements:
-            settled = await _until_possible(
-                lambda: self._repository.complete(settlements), logs.SETTLE_FAILED
-            )
-            self._report(
-                tasks, reasons, settled, {done.id for done in settlements}, confirmed_at_s - claimed_at_s
-            )
-        if releases:
-            self._agenda.expect(
-                await _until_possible(lambda: self._repository.release(releases), logs.SETTLE_FAILED)
-            )
-        if any(
-            outcome is Outcome.RETURNED and reason for outcome, reason in zip(outcomes, reasons, strict=True)
-        ):
-            await self._restore_queues()
+        async for wave in self._publisher.publish(tasks, reasons, still_ours):
+            late_s = time.monotonic() - claimed_at_s
+            confirmed = [(tasks[place], reasons[place]) for place, what in wave if what is Outcome.CONFIRMED]
+            others = [
+                (tasks[place], reasons[place], what) for place, what in wave if what is not Outcome.CONFIRMED
+            ]
+            if confirmed:
+                await self._complete(confirmed, late_s)
+            if others:
+                releases = [self._release(*other) for other in others]
+                await self._give_back(releases)
+            on_settled(tasks[place] for place, _ in wave)
+            if any(what is Outcome.RETURNED and reason for _, reason, what in others):
+                await self._restore_queues()
 
     async def give_back(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back that were not published: they are due as before."""
-        releases = [Release(task.id, task.claims) for task in tasks]
-        self._agenda.expect(
-            await _until_possible(lambda: self._repository.release(releases), logs.SETTLE_FAILED)
-        )
+        await self._give_back([_untouched(task) for task in tasks])
 
     async def put_off(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back whose delivery failed in a way that nobody has foreseen."""
-        releases = [
-            Release(task.id, task.claims, delay=FAILED_DELAY, unsettled=task.claims_unsettled)
-            for task in tasks
-        ]
-        await _until_possible(lambda: self._repository.release(releases), logs.SETTLE_FAILED)
+        await self._give_back(
+            [
+                Release(task.id, task.claims, delay=FAILED_DELAY, unsettled=task.claims_unsettled)
+                for task in tasks
+            ]
+        )
 
-    async def deliver_quarantined(self, kept: Sequence[ClaimedQuarantine]) -> None:
+    async def deliver_quarantined(
+        self, kept: Sequence[ClaimedQuarantine], *, still_ours: Callable[[], bool]
+    ) -> None:
         """Publish malformed input to manual review and note what has arrived there."""
-        outcomes = await self._publisher.publish_quarantined(kept)
-        settlements = []
-        releases = []
-        for item, outcome in zip(kept, outcomes, strict=True):
-            if outcome is Outcome.CONFIRMED:
-                settlements.append(Settlement(item.id, item.claims, "delivered"))
-            else:
-                releases.append(self._release(item, "malformed", outcome))
-        if settlements:
-            done = await _until_possible(
-                lambda: self._repository.complete_quarantined(settlements), logs.SETTLE_FAILED
-            )
-            for item in kept:
-                if item.id in done:
-                    log.info(logs.QUARANTINE_DELIVERED, quarantine_id=item.id, field=item.field)
-        if releases:
-            await _until_possible(lambda: self._repository.release_quarantined(releases), logs.SETTLE_FAILED)
-        if Outcome.RETURNED in outcomes:
-            await self._restore_queues()
+        async for wave in self._publisher.publish_quarantined(kept, still_ours):
+            delivered = [kept[place] for place, what in wave if what is Outcome.CONFIRMED]
+            others = [
+                self._release(kept[place], "malformed", what)
+                for place, what in wave
+                if what is not Outcome.CONFIRMED
+            ]
+            if delivered:
+                settlements = [Settlement(item.id, item.claims, "delivered") for item in delivered]
+                await _until_possible(
+                    partial(self._repository.complete_quarantined, settlements), logs.SETTLE_FAILED
+                )
+                for item in delivered:
+                    log.info(logs.QUARANTINE_DELIVERED, **_fields(item))
+            if others:
+                await _until_possible(
+                    partial(self._repository.release_quarantined, others), logs.SETTLE_FAILED
+                )
+            if any(what is Outcome.RETURNED for _, what in wave):
+                await self._restore_queues()
+
+    async def _complete(
+        self, confirmed: Sequence[tuple[ClaimedRetry, str | None]], since_claim_s: float
+    ) -> None:
+        settlements = [
+            Settlement(task.id, task.claims, "retried" if reason is None else "failed", reason)
+            for task, reason in confirmed
+        ]
+        settled = await _until_possible(partial(self._repository.complete, settlements), logs.SETTLE_FAILED)
+        self._report(confirmed, settled, since_claim_s)
+
+    async def _give_back(self, releases: Sequence[Release]) -> None:
+        self._agenda.expect(
+            await _until_possible(partial(self._repository.release, releases), logs.SETTLE_FAILED)
+        )
 
     def _review_reason(self, task: ClaimedRetry) -> str | None:
         """Why an attempt goes to people, or None if it goes back to its queue."""
@@ -149,7 +160,7 @@ class Settler:
             return "exhausted"
         if task.publish_failures >= self._max_publish_failures:
             return "unroutable"
-        if task.claims_unsettled > UNPUBLISHABLE_AFTER:
+        if task.payload is None or task.claims_unsettled > UNPUBLISHABLE_AFTER:
             return "unpublishable"
         return None
 
@@ -157,15 +168,15 @@ class Settler:
         self, task: ClaimedRetry | ClaimedQuarantine, reason: str | None, outcome: Outcome
     ) -> Release:
         if outcome is Outcome.NOT_SENT:
-            return Release(task.id, task.claims)
+            return _untouched(task)
         roll = random.random()
-        if outcome in (Outcome.UNKNOWN, Outcome.SUSPECT):
+        if outcome in _LOST:
+            event, delay, unsettled = self._after_losing(task, outcome)
             self._metrics.unknown.inc()
-            suspected = max(task.claims_unsettled, ALONE_AFTER) if outcome is Outcome.SUSPECT else 0
-            delay = UNKNOWN_DELAY * (1 + roll)
-            event = logs.RETRY_SUSPECT if suspected else logs.RETRY_UNKNOWN
             log.warning(event, **_fields(task), review_reason=reason)
-            return Release(task.id, task.claims, error=outcome.value, delay=delay, unsettled=suspected)
+            return Release(
+                task.id, task.claims, error=outcome.value, delay=delay * (1 + roll), unsettled=unsettled
+            )
         failures = task.publish_failures + 1
         delay = delay_before_republish(failures, self._policy, roll)
         if reason is None and isinstance(task, ClaimedRetry):
@@ -181,19 +192,24 @@ class Settler:
         )
         return Release(task.id, task.claims, failures=1, error=outcome.value, delay=delay)
 
+    def _after_losing(
+        self, task: ClaimedRetry | ClaimedQuarantine, outcome: Outcome
+    ) -> tuple[str, timedelta, int]:
+        """Return what to log, how long to wait, and what remains of the evidence against the row."""
+        if outcome is Outcome.OVERDUE:
+            # Its queue hangs: seldom, since each try holds a place in hand, and may be delivered after all.
+            return logs.RETRY_UNKNOWN, max(self._policy.cap, UNKNOWN_DELAY), 0
+        if outcome is Outcome.UNKNOWN:
+            suspected = task.claims_unsettled - 1 if travels_alone(task.claims_unsettled) else 0
+            return logs.RETRY_UNKNOWN, UNKNOWN_DELAY, suspected
+        return logs.RETRY_SUSPECT, UNKNOWN_DELAY, max(task.claims_unsettled, ALONE_AFTER)
+
     def _report(
-        self,
-        tasks: Sequence[ClaimedRetry],
-        reasons: Sequence[str | None],
-        settled: set[int],
-        confirmed: set[int],
-        since_claim_s: float,
+        self, confirmed: Sequence[tuple[ClaimedRetry, str | None]], settled: set[int], since_claim_s: float
     ) -> None:
         executed: Counter[str] = Counter()
         lines: list[dict[str, object]] = []
-        for task, reason in zip(tasks, reasons, strict=True):
-            if task.id not in confirmed:
-                continue
+        for task, reason in confirmed:
             if task.id not in settled:
                 self._metrics.overtaken.inc()
                 log.warning(logs.RETRY_OVERTAKEN, **_fields(task))
@@ -227,6 +243,11 @@ async def _until_possible(call: Callable[[], Awaitable[Result]], failed: str) ->
             log.error(failed, error=problem.problem)
         await asyncio.sleep(pause_s)
         pause_s = min(pause_s * 2, LAST_PAUSE_S)
+
+
+def _untouched(task: ClaimedRetry | ClaimedQuarantine) -> Release:
+    # This claim has told nothing about the row: what was known before it remains.
+    return Release(task.id, task.claims, unsettled=task.claims_unsettled - 1)
 
 
 def _fields(task: ClaimedRetry | ClaimedQuarantine) -> dict[str, object]:

@@ -195,6 +195,13 @@ class ServiceProcess:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The most that resident memory has been."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        (peak,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+        return int(peak) * 1024
+
     def _ended(self) -> bool:
         return not self.is_running
 

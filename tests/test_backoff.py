@@ -54,7 +54,9 @@ def test_without_jitter_more_retries_never_wait_shorter(one: int, other: int, po
 
 @given(st.integers(min_value=0, max_value=30), policies)
 def test_the_delay_doubles_until_it_meets_the_cap(count: int, policy: BackoffPolicy) -> None:
-    assert delay_before_retry(count, policy, 0.0) == min(policy.base * 2**count, policy.cap)
+    doubled_us = policy.base // timedelta(microseconds=1) * 2**count  # a timedelta would overflow
+    expected_us = min(doubled_us, policy.cap // timedelta(microseconds=1))
+    assert delay_before_retry(count, policy, 0.0) == timedelta(microseconds=expected_us)
 
 
 def test_a_negative_count_is_a_mistake_of_the_caller() -> None:

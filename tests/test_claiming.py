@@ -1,15 +1,17 @@
 """Claims on a real table: who gets which row, and whose settlement counts."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 
-from retry_scheduler.database import Database, DatabaseAddress
+from retry_scheduler.database import SESSION, Database, DatabaseAddress
 from retry_scheduler.messages import ClaimedRetry, RetryRequest
 from retry_scheduler.repository import LONG_AGO, Lease, Release, Repository, Settlement
 from retry_scheduler.schema import migrate
+from retry_scheduler.sql import query
 from tests import servers
 from tests.factories import new_id
 from tests.table import Table
@@ -61,8 +63,9 @@ def lease(
     size: int = 1_000_000,
     lasts: timedelta = A_MINUTE,
     floor: datetime = LONG_AGO,
+    in_hand: Sequence[ClaimedRetry] = (),
 ) -> Lease:
-    return Lease(owner, lasts, rows, size, floor)
+    return Lease(owner, lasts, rows, size, floor, [task.id for task in in_hand])
 
 
 def ids(tasks: list[ClaimedRetry]) -> set[str]:
@@ -92,10 +95,100 @@ async def test_a_claim_takes_as_many_bytes_as_fit_and_at_least_one_row(repositor
     stored = await store(repository, b"x" * 600, b"x" * 300, b"x" * 300)
 
     first = await repository.claim_due(lease(owner, size=500))
-    second = await repository.claim_due(lease(owner, size=500))
-    third = await repository.claim_due(lease(owner, size=500))
+    second = await repository.claim_due(lease(owner, size=500, in_hand=first))
+    third = await repository.claim_due(lease(owner, size=500, in_hand=first + second))
 
     assert [ids(first), ids(second), ids(third)] == [{stored[0]}, {stored[1]}, {stored[2]}]
+
+
+async def test_rows_whose_claim_was_lost_with_its_answer_are_taken_back_by_their_owner_alone(
+    repository: Repository,
+) -> None:
+    owner, other = await instance(repository), await instance(repository)
+    stored = await store(repository, b"1", b"2")
+    held = await repository.claim_due(lease(owner, rows=1))
+    lost = await repository.claim_due(lease(owner, rows=1, in_hand=held))  # suppose that this never arrived
+
+    theirs = await repository.claim_due(lease(other))
+    found = await repository.claim_due(lease(owner, in_hand=held))
+
+    assert theirs == []
+    assert ids(found) == ids(lost) == {stored[1]}
+    assert found[0].claims == lost[0].claims + 1
+
+
+async def test_a_lease_of_somebody_whom_the_register_does_not_know_yet_is_respected(
+    repository: Repository,
+) -> None:
+    alive = await instance(repository)
+    await store(repository, b"1")
+    await repository.claim_due(lease(uuid4()))  # what a claim sees that began before this one joined
+
+    assert await repository.claim_due(lease(alive)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [
+        ("complete", "bigint[], integer[], text[], text[]"),
+        ("release", "bigint[], integer[], integer[], text[], interval[], integer[]"),
+        ("complete_quarantined", "bigint[], integer[]"),
+        ("release_quarantined", "bigint[], integer[], integer[], text[], interval[], integer[]"),
+        ("attempt_states", "uuid[], integer[]"),
+        ("stored_intakes", "uuid[], bigint[]"),
+    ],
+)
+@pytest.mark.usefixtures("repository")
+async def test_the_plan_made_on_an_empty_table_does_not_walk_what_is_pending(
+    database: servers.Database, name: str, types: str
+) -> None:
+    """A prepared statement keeps its plan while the table fills: with the wrong one, a backlog wedges us."""
+    connection = await asyncpg.connect(database.dsn, server_settings=SESSION)
+    try:
+        await connection.execute("SET plan_cache_mode = force_generic_plan")
+        await connection.execute(f"PREPARE it ({types}) AS {query(name)}")
+        nothing = ", ".join("NULL" for _ in types.split(","))
+        plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN EXECUTE it ({nothing})"))
+    finally:
+        await connection.close()
+
+    assert "idx_retry_next_retry" not in plan
+    assert "idx_retry_quarantine_waiting" not in plan
+    assert "Seq Scan" not in plan
+
+
+async def test_a_delivery_is_found_again_whose_storing_was_lost_with_its_answer(
+    repository: Repository,
+) -> None:
+    first, other = request(new_id()), request(new_id())
+    first.intake_id, other.intake_id = 17, 18
+    stored = await repository.store([first], [NOW])
+
+    found = await repository.stored_intakes([first, other])
+
+    assert list(found) == [17]
+    assert found[17][0] == first.attempt
+    assert found[17][1].next_retry_at == stored[first.attempt].next_retry_at
+
+
+async def test_payloads_left_over_from_a_restored_backup_make_nothing_malformed(
+    repository: Repository, table: Table
+) -> None:
+    owner = await instance(repository)
+    await table.fetch("INSERT INTO retry_payload SELECT n, 'old' FROM generate_series(1, 10) AS n")
+
+    await store(repository, b"new")
+
+    (task,) = await repository.claim_due(lease(owner))
+    assert task.payload == b"new"
+
+
+async def test_truncating_the_queue_removes_its_payloads(repository: Repository, table: Table) -> None:
+    await store(repository, b"1")
+
+    await table.fetch("TRUNCATE retry_queue RESTART IDENTITY")
+
+    assert await table.value("SELECT count(*) FROM retry_payload") == 0
 
 
 async def test_the_rows_of_an_instance_that_has_left_the_register_are_free_at_once(
@@ -186,7 +279,7 @@ async def test_below_the_floor_nothing_is_searched_and_the_floor_lies_below_ever
 
     with_floor = await repository.claim_due(lease(owner, floor=above))
     floor = await repository.search_floor()
-    rest = await repository.claim_due(lease(owner, floor=floor))
+    rest = await repository.claim_due(lease(owner, floor=floor, in_hand=with_floor))
 
     assert ids(with_floor) == {stored[1]}
     assert floor == datetime(2020, 1, 1, tzinfo=UTC) - timedelta(seconds=10)

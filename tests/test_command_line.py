@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from retry_scheduler.database import DatabaseAddress
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
@@ -192,6 +193,57 @@ async def test_a_role_that_may_not_create_tables_is_told_so_with_78(
     assert done.returncode == CONFIG
     assert "migrate" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "migrate"])
+async def test_another_programs_table_of_our_name_is_told_with_78_and_what_to_do(
+    environment: Environment, table: Table, command: str
+) -> None:
+    await table.fetch("CREATE TABLE retry_queue (id serial)")
+
+    done = call(command, **environment, HTTP_PORT=str(free_ports(1)[0]))
+
+    assert done.returncode == CONFIG
+    assert '"retry_queue" already exists' in done.stderr
+    assert "rename it" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert await table.fetch("SELECT 1 FROM pg_tables WHERE tablename = 'retry_schema_version'") == []
+
+
+async def test_a_role_that_may_not_read_the_version_is_told_so_with_78(
+    environment: Environment, table: Table
+) -> None:
+    call("migrate", **environment)
+    await table.fetch(f"REVOKE SELECT ON retry_schema_version FROM {table.database.user}")
+
+    done, checked = call("run", **environment), call("check", **environment)
+
+    assert (done.returncode, checked.returncode) == (CONFIG, CONFIG)
+    assert "permission denied for table retry_schema_version" in done.stderr
+    assert "WRONG PostgreSQL" in checked.stdout
+
+
+async def test_check_tells_what_it_finds_wrong_in_the_database(
+    environment: Environment, table: Table, postgres: PrivatePostgres
+) -> None:
+    name = table.database.name
+    postgres.sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    read_only = call("check", **environment)
+    postgres.sql(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    await table.fetch(f"ALTER ROLE {table.database.user} IN DATABASE {name} SET search_path = pg_catalog")
+    may_not_create = call("check", **environment)
+    await table.fetch(f"ALTER ROLE {table.database.user} IN DATABASE {name} RESET search_path")
+    call("migrate", **environment)
+    await table.fetch("ALTER TABLE retry_payload RENAME TO elsewhere")
+    lacking = call("check", **environment)
+
+    assert (read_only.returncode, "takes no writes" in read_only.stdout) == (UNAVAILABLE, True)
+    assert (may_not_create.returncode, "may not create tables" in may_not_create.stdout) == (CONFIG, True)
+    assert (lacking.returncode, "table retry_payload" in lacking.stdout) == (CONFIG, True)
+
+
+def test_the_password_is_not_in_the_address_as_it_is_shown() -> None:
+    assert "secret1" not in repr(DatabaseAddress("h", 5432, "d", "u", "secret1", tls=False))
 
 
 @pytest.mark.parametrize("setting", ["HTTP_PORT", "METRICS_PORT"])

@@ -17,7 +17,8 @@ class Sent:
     place: int
     key: str
     returned: bool = False
-    outcome: Outcome | None = None
+    outcome: Outcome | None = None  # what the broker said
+    seen: Outcome | None = None  # what whoever waits was told
 
 
 class Ledger(RuleBasedStateMachine):
@@ -28,6 +29,7 @@ class Ledger(RuleBasedStateMachine):
         self.ledger = ConfirmLedger()
         self.sent: list[Sent] = []  # number n of the broker is sent[n - 1]
         self.batches: list[ConfirmBatch] = []
+        self.taken: list[list[tuple[int, Outcome]]] = []
         self.unexpected = 0
 
     def outstanding(self) -> list[Sent]:
@@ -37,6 +39,7 @@ class Ledger(RuleBasedStateMachine):
     def send_batch(self, size: int) -> None:
         batch = ConfirmBatch(size)
         self.batches.append(batch)
+        self.taken.append([])
         for place in range(size):
             sent = Sent(batch, place, key=f"{len(self.sent)}:0")
             self.ledger.sent(batch, place, sent.key)
@@ -83,19 +86,46 @@ class Ledger(RuleBasedStateMachine):
         lost = self.outstanding()
         assert self.ledger.close(outcome) == len(lost)
         for sent in lost:
-            sent.outcome = outcome
+            self.note(sent, outcome)
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def give_up_a_batch(self, data: st.DataObject) -> None:
+        """Whoever waits gives up; the ledger does not know, and a late answer changes nothing."""
+        batch = data.draw(st.sampled_from(self.batches))
+        batch.settle_rest(Outcome.OVERDUE)
+        for sent in self.sent:
+            if sent.batch is batch and sent.seen is None:
+                sent.seen = Outcome.OVERDUE
+
+    @precondition(lambda self: self.batches)
+    @rule(data=st.data())
+    def take_what_is_new(self, data: st.DataObject) -> None:
+        place = data.draw(st.integers(min_value=0, max_value=len(self.batches) - 1))
+        self.taken[place] += self.batches[place].take_new()
+        assert self.batches[place].take_new() == []
 
     def settle(self, sent: Sent, accepted: bool) -> None:
         answer = Outcome.CONFIRMED if accepted else Outcome.REFUSED
-        sent.outcome = Outcome.RETURNED if sent.returned else answer
+        self.note(sent, Outcome.RETURNED if sent.returned else answer)
+
+    def note(self, sent: Sent, outcome: Outcome) -> None:
+        sent.outcome = outcome
+        sent.seen = sent.seen or outcome
+
+    def teardown(self) -> None:
+        """Each outcome was handed out once, and none was forgotten."""
+        for batch, taken in zip(self.batches, self.taken, strict=True):
+            handed_out = taken + batch.take_new()
+            expected = [(place, outcome) for place, outcome in enumerate(batch.outcomes) if outcome]
+            assert sorted(handed_out, key=lambda entry: entry[0]) == expected
 
     @invariant()
     def both_agree(self) -> None:
         for sent in self.sent:
-            assert sent.batch.outcomes[sent.place] is sent.outcome
+            assert sent.batch.outcomes[sent.place] is sent.seen
         for batch in self.batches:
             assert batch.done.is_set() == all(batch.outcomes)
-            assert batch.results() == [outcome or Outcome.UNKNOWN for outcome in batch.outcomes]
         assert len(self.ledger) == len(self.outstanding())
         assert self.ledger.unexpected_answers == self.unexpected
 
@@ -110,7 +140,7 @@ def test_the_first_outcome_of_a_publication_counts() -> None:
     batch.settle(0, Outcome.UNSENDABLE)
     batch.settle(0, Outcome.CONFIRMED)
 
-    assert batch.results() == [Outcome.UNSENDABLE]
+    assert batch.outcomes == [Outcome.UNSENDABLE]
 
 
 def test_a_key_used_again_while_the_first_is_outstanding_marks_the_later_one() -> None:
@@ -122,5 +152,5 @@ def test_a_key_used_again_while_the_first_is_outstanding_marks_the_later_one() -
     ledger.returned("same")
     ledger.answered(2, multiple=True, accepted=True)
 
-    assert batch.results() == [Outcome.CONFIRMED, Outcome.RETURNED]
+    assert batch.outcomes == [Outcome.CONFIRMED, Outcome.RETURNED]
     assert len(ledger) == 0

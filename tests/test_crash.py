@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from time import monotonic
 
+import asyncpg
 import pytest
 
 from retry_scheduler.demo.private_postgres import PrivatePostgres
@@ -43,6 +44,12 @@ def servers(
 ) -> Servers:
     upstream.declare("orders", RETRY_QUEUE)
     return Servers(postgres, rabbitmq, vhost, upstream, table)
+
+
+CLAIM_WAITS = """
+    SELECT count(*) > 0 FROM pg_stat_activity
+     WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '-- Lend due attempts%'
+"""
 
 
 def endless_requests() -> Iterator[tuple[str, bytes]]:
@@ -127,6 +134,38 @@ async def test_a_frozen_instance_is_relieved_of_its_rows_and_works_on_when_it_th
     assert awake.ready().status == 200
 
 
+@pytest.mark.timeout(60)
+async def test_an_instance_that_froze_while_claiming_does_not_publish_what_others_have_taken_over(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    upstream.declare("orders")
+    frozen = await start_service(RABBITMQ_PREFETCH="500")
+    upstream.ask(make_request())  # a connection that has proven itself is trusted with a batch
+    await upstream.receive("orders", 1)
+    upstream.ask_for_many([make_request(retry_after_ms=500) for _ in range(50)])
+    await eventually(lambda: frozen.metrics().value("retries_scheduled_total") == 51)
+
+    # A lock on the table holds its claim back until it is frozen; then the claim goes through, unseen by it.
+    lock = await asyncpg.connect(table.database.dsn)
+    async with lock.transaction():
+        await lock.execute("LOCK TABLE retry_queue IN ACCESS EXCLUSIVE MODE")
+        await eventually(lambda: table.value(CLAIM_WAITS), within=timedelta(seconds=3))
+        frozen.freeze()
+    await lock.close()
+    claimed = "SELECT count(*) FROM retry_queue WHERE claims = 1 AND status = 'pending'"
+    await eventually(lambda: table.value(claimed))
+    await start_service()
+    messages = await upstream.receive("orders", 50)
+    frozen.thaw()
+    await eventually(lambda: frozen.ready().status == 200)
+    await eventually(table.settled)
+    assert await frozen.stop() == 0  # so that all it might have sent is there
+
+    messages += upstream.take("orders")
+    assert len(messages) == len({message.retry_id for message in messages}) == 50
+    assert await table.statuses() == {"retried": 51}
+
+
 async def kill_postgres(servers: Servers) -> Callable[[], None]:
     servers.postgres.kill()
     return servers.postgres.start
@@ -135,6 +174,16 @@ async def kill_postgres(servers: Servers) -> Callable[[], None]:
 async def stop_postgres(servers: Servers) -> Callable[[], None]:
     servers.postgres.stop()
     return servers.postgres.start
+
+
+async def freeze_postgres(servers: Servers) -> Callable[[], None]:
+    servers.postgres.freeze()
+    return servers.postgres.thaw
+
+
+async def freeze_rabbitmq(servers: Servers) -> Callable[[], None]:
+    servers.rabbitmq.freeze()
+    return servers.rabbitmq.thaw
 
 
 async def kill_rabbitmq(servers: Servers) -> Callable[[], None]:
@@ -157,7 +206,18 @@ async def stop_app(servers: Servers) -> Callable[[], None]:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("fault", [kill_postgres, stop_postgres, kill_rabbitmq, stop_rabbitmq, stop_app])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        kill_postgres,
+        stop_postgres,
+        freeze_postgres,
+        kill_rabbitmq,
+        stop_rabbitmq,
+        freeze_rabbitmq,
+        stop_app,
+    ],
+)
 async def test_a_server_that_goes_away_under_load_and_comes_back_costs_nothing(
     start_service: StartService,
     servers: Servers,

@@ -140,6 +140,12 @@ def test_settings_that_disagree_are_named_also_when_several_do() -> None:
     ]
 
 
+def test_a_pool_whose_chosen_minimum_is_above_the_maximum_is_refused_even_if_that_is_the_default() -> None:
+    (problem,) = problems_of(POSTGRES_POOL_MIN="60")
+
+    assert problem.startswith("POSTGRES_POOL_MIN: 60 is above POSTGRES_POOL_MAX, 50")
+
+
 def test_a_pool_that_is_made_small_needs_no_second_setting() -> None:
     assert load_settings({"POSTGRES_POOL_MAX": "5"}).postgres_pool_max == 5
 

@@ -5,12 +5,11 @@ a time or "this one and all before it". A returned message is confirmed too, rig
 return, so a return must be noted under a key of ours: the header x-retry-id.
 
 States of a publication: outstanding -> confirmed | returned | refused, or unknown if the channel
-closes first (suspect if the broker closed it over something that was sent). Unknown may have been
-delivered: it is published again later under the same key.
+closes first (suspect if the broker closed it over something that was sent, overdue if only this one
+is not answered). Unknown may have been delivered: it is published again later under the same key.
 """
 
 import asyncio
-from collections.abc import Sequence
 from enum import Enum
 
 
@@ -21,6 +20,7 @@ class Outcome(Enum):
     RETURNED = "returned"  # no such queue; certainly not delivered
     REFUSED = "refused"  # the broker said no (nack); certainly not delivered
     UNKNOWN = "unknown"  # sent, and no answer will come; perhaps delivered
+    OVERDUE = "overdue"  # unknown, while the same connection confirms others: its queue is slow or hangs
     SUSPECT = "suspect"  # unknown, and perhaps what made the broker close the channel
     NOT_SENT = "not sent"  # certainly not delivered, and not the message's fault
     UNSENDABLE = "unsendable"  # certainly not delivered: AMQP cannot carry it
@@ -31,6 +31,7 @@ class ConfirmBatch:
 
     def __init__(self, size: int) -> None:
         self.outcomes: list[Outcome | None] = [None] * size
+        self._new: list[tuple[int, Outcome]] = []
         self._open = size
         self.done: asyncio.Event = asyncio.Event()
         if size == 0:
@@ -40,13 +41,21 @@ class ConfirmBatch:
         """Note the outcome of the publication at `place`; only the first one counts."""
         if self.outcomes[place] is None:
             self.outcomes[place] = outcome
+            self._new.append((place, outcome))
             self._open -= 1
             if self._open == 0:
                 self.done.set()
 
-    def results(self) -> Sequence[Outcome]:
-        """Return the outcomes in the order of the publications; those still open are unknown."""
-        return [outcome or Outcome.UNKNOWN for outcome in self.outcomes]
+    def settle_rest(self, outcome: Outcome) -> None:
+        """Give every publication that is still open the same outcome; a later answer changes nothing."""
+        for place, known in enumerate(self.outcomes):
+            if known is None:
+                self.settle(place, outcome)
+
+    def take_new(self) -> list[tuple[int, Outcome]]:
+        """Return (place, outcome) of what has been settled since the last call."""
+        new, self._new = self._new, []
+        return new
 
 
 class ConfirmLedger:

@@ -34,8 +34,9 @@ FIRST_BACKOFF_S = 0.2
 LAST_BACKOFF_S = 3.0
 
 # Reply codes with which a broker answers a message it cannot take: precondition failed (too large, a
-# property it refuses), frame error, syntax error. Others tell of the broker's or an operator's doings.
-_CONTENT_FAULTS = (406, 501, 502)
+# property it refuses), frame error, syntax error, unexpected frame, internal error (the channel's
+# process died on it). Others tell of the broker's or an operator's doings.
+_CONTENT_FAULTS = (406, 501, 502, 505, 541)
 
 
 class Connection:

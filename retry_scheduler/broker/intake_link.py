@@ -9,6 +9,8 @@ acknowledgement is bound to the channel that delivered.
 """
 
 import asyncio
+import itertools
+import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,15 +26,25 @@ from retry_scheduler.errors import Unavailable
 MAX_BATCH = 1000
 MAX_BATCH_BYTES = 16 * 1024 * 1024
 
+# Unique within a process by counting, and between processes by where the count begins.
+_intake_ids = itertools.count(random.getrandbits(62))
+
 
 class Delivery:
-    """One message as it came. properties: encoded. redelivered: the broker has sent it before."""
+    """One message as it came.
 
-    __slots__ = ("body", "connection", "properties", "redelivered", "tag")
+    properties: encoded. redelivered: the broker has sent it before. intake_id: a number of ours for
+    this delivery alone; the broker's tags begin anew with each connection. done: for the consumer to
+    set once it is stored, quarantined, or known to change nothing.
+    """
+
+    __slots__ = ("body", "connection", "done", "intake_id", "properties", "redelivered", "tag")
 
     def __init__(
         self, connection: Connection, tag: int, *, redelivered: bool, properties: bytes, body: bytes
     ) -> None:
+        self.intake_id = next(_intake_ids)
+        self.done = False
         self.connection = connection
         self.tag = tag
         self.redelivered = redelivered

@@ -4,9 +4,11 @@
          ^          `--<-> blocked (a broker alarm)
          `-- connection or channel lost: outstanding publications become unknown
 
-A confirm that does not come in time means the same as a lost channel: nobody knows. The connection
-is dropped and never used again, since a late confirm could otherwise be taken for another's. A
-blocked broker is no reason to do so: it confirms when the alarm is over.
+Outcomes are handed on in waves, as they come: one queue that does not confirm must not keep the
+others' messages from being settled. When a confirm is overdue and the connection has confirmed
+nothing else either, it is dropped, and never used again. If it confirms others, only the overdue ones
+are given up; an answer that comes after all finds nobody waiting. A blocked broker is no reason for
+either: it confirms when the alarm is over.
 
 A broker with an alarm says so only after something was published. Callers send one message through
 a connection that is not proven, so that an alarm does not swallow a batch at each reconnect.
@@ -14,7 +16,7 @@ a connection that is not proven, so that an alarm does not swallow a batch at ea
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -29,6 +31,9 @@ from retry_scheduler.errors import Unavailable
 # Confirms take milliseconds, on slow disks a few hundred. Much shorter and a busy broker gets
 # duplicates; much longer and a lost confirm delays its message.
 CONFIRM_TIMEOUT_S = 10.0
+
+# How long outcomes may wait for the rest of their batch.
+WAVE_S = 0.1
 
 # The header by which a returned message is recognised; unique among those outstanding.
 RETRY_ID = "x-retry-id"
@@ -65,6 +70,7 @@ class PublishLink:
         self._blocked = False
         self._unblocked_at_s = 0.0
         self._proven = False
+        self._answered_at_s = 0.0
         self.changed = asyncio.Event()
 
     @property
@@ -100,11 +106,39 @@ class PublishLink:
                     await self.changed.wait()
 
     async def publish(self, publications: Sequence[Publication]) -> list[Outcome]:
-        """Send all, wait for the broker's answers, and return the outcomes in the same order.
+        """Send all, wait for the broker's answers, and return the outcomes in order. Never raises."""
+        outcomes = [Outcome.UNKNOWN] * len(publications)
+        async for wave in self.waves(publications):
+            for place, outcome in wave:
+                outcomes[place] = outcome
+        return outcomes
 
-        Returns within about CONFIRM_TIMEOUT_S, or that long after an alarm is over. Never raises:
-        trouble is an outcome.
+    async def waves(self, publications: Sequence[Publication]) -> AsyncIterator[list[tuple[int, Outcome]]]:
+        """Send all, and yield (place, outcome) of each as the broker answers, several at a time.
+
+        Usually one wave. Ends within about CONFIRM_TIMEOUT_S, or that long after an alarm is over.
+        Never raises: trouble is an outcome.
         """
+        connection = self._connection
+        batch = await self._write(publications)
+        began_s = time.monotonic()
+        while True:
+            await _done_within(batch, WAVE_S)
+            wave = batch.take_new()
+            if wave:
+                yield wave
+            if batch.done.is_set():
+                return
+            now_s = time.monotonic()
+            if now_s - began_s > CONFIRM_TIMEOUT_S and not self._alarm_within(CONFIRM_TIMEOUT_S):
+                if connection is self._connection and now_s - self._answered_at_s < CONFIRM_TIMEOUT_S / 2:
+                    batch.settle_rest(Outcome.OVERDUE)
+                else:
+                    if connection is not None:
+                        connection.cut("confirms did not come in time")
+                    batch.settle_rest(Outcome.UNKNOWN)
+
+    async def _write(self, publications: Sequence[Publication]) -> ConfirmBatch:
         connection, ledger = self._connection, self._ledger
         batch = ConfirmBatch(len(publications))
         for first in range(0, len(publications), _WRITE_RUN):
@@ -117,13 +151,7 @@ class PublishLink:
                 for place in run:
                     self._send(connection, ledger, batch, place, publications[place])
             await asyncio.sleep(0)
-        while not await _done_within(batch, CONFIRM_TIMEOUT_S):
-            if connection is self._connection and self._alarm_within(CONFIRM_TIMEOUT_S):
-                continue
-            if connection is not None:
-                connection.cut("a confirm did not come in time")
-            ledger.close()
-        return list(batch.results())
+        return batch
 
     async def round_trip(self) -> None:
         """Return once the broker has handled all that was sent before. Raises Unavailable."""
@@ -190,13 +218,11 @@ class PublishLink:
 
     def _answer(self, ledger: ConfirmLedger, method: Any) -> None:
         self._proven = True
+        self._answered_at_s = time.monotonic()
         ledger.answered(method.delivery_tag, multiple=method.multiple, accepted=method.NAME == "Basic.Ack")
 
 
-async def _done_within(batch: ConfirmBatch, seconds: float) -> bool:
-    try:
+async def _done_within(batch: ConfirmBatch, seconds: float) -> None:
+    with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await batch.done.wait()
-    except TimeoutError:
-        return False
-    return True

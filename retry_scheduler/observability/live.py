@@ -14,8 +14,10 @@ from retry_scheduler.errors import RetrySchedulerError
 
 ANSWER_WITHIN_S = 2.0
 
-# The share of time that counting a large queue may take: a count of a second is repeated after twenty.
+# The share of time that counting a large queue may take: a count of half a second is repeated after ten.
 COUNTING_SHARE = 0.05
+# A count that failed is tried again soon: blindness must not outlast the fault.
+LONGEST_PAUSE_AFTER_FAILURE_S = 1.0
 
 Answer = TypeVar("Answer")
 
@@ -43,8 +45,12 @@ class LiveFigures:
         if began_s < self._count_not_before_s:
             return None
         figures = self._ask(self._counted())
-        took_s = time.monotonic() - began_s
-        self._count_not_before_s = began_s + took_s / COUNTING_SHARE
+        ended_s = time.monotonic()
+        took_s = ended_s - began_s
+        if figures is None:
+            self._count_not_before_s = ended_s + min(took_s, LONGEST_PAUSE_AFTER_FAILURE_S)
+        else:
+            self._count_not_before_s = began_s + took_s / COUNTING_SHARE
         return figures
 
     def up(self) -> bool:

@@ -5,7 +5,6 @@ Every series has a bound: after MAX_QUEUE_LABELS different queues, further ones 
 
 import threading
 from collections.abc import Callable, Iterable
-from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,13 +12,10 @@ from prometheus_client import (
     Gauge,
     Histogram,
     disable_created_metrics,
-    start_http_server,
 )
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
-
-from retry_scheduler.errors import PortTaken
 
 # Anyone who may send a request may invent queue names; Prometheus pays for each series for ever.
 MAX_QUEUE_LABELS = 200
@@ -118,7 +114,7 @@ class Metrics:
         figures: returns (depth, oldest_due_seconds), or None if it cannot tell now.
         """
         gauge = Gauge(
-            "service_up", "1 if both servers are reachable and usable", ["service"], registry=self.registry
+            "service_up", "1 if the service could do its work now", ["service"], registry=self.registry
         )
         gauge.labels(service).set_function(lambda: 1.0 if up() else 0.0)
         self.registry.register(_QueueCollector(figures))
@@ -133,11 +129,14 @@ class Metrics:
 
 
 class _QueueCollector(Collector):
-    """Depth and oldest due retry, counted when asked. Without an answer the last known values stay."""
+    """Depth and oldest due retry, counted when asked.
+
+    Without an answer the last known values stay; before the first answer there are none to show.
+    """
 
     def __init__(self, figures: Callable[[], tuple[int, float] | None]) -> None:
         self._figures = figures
-        self._last = (0, 0.0)
+        self._last: tuple[int, float] | None = None
         self._lock = threading.Lock()
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
@@ -147,21 +146,14 @@ class _QueueCollector(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         with self._lock:
             self._last = self._figures() or self._last
+            if self._last is None:
+                return
             depth, oldest_due_s = self._last
         yield GaugeMetricFamily(
-            "retry_queue_depth", "Number of pending retry tasks in PostgreSQL", value=depth
+            "retry_queue_depth", "Number of pending retry tasks in PostgreSQL, up to a million", value=depth
         )
         yield GaugeMetricFamily(
             "retry_oldest_due_seconds",
             "How long the oldest due retry has been waiting; 0 if none is due",
             oldest_due_s,
         )
-
-
-def serve_metrics(metrics: Metrics, *, host: str, port: int) -> WSGIServer:
-    """Serve GET /metrics from a thread. Raises PortTaken. Stop it with `shutdown` and `server_close`."""
-    try:
-        server, _ = start_http_server(port, addr=host, registry=metrics.registry)
-    except OSError as error:
-        raise PortTaken("METRICS_PORT", f"{host}:{port}", error) from error
-    return server

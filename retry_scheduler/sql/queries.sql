@@ -1,22 +1,23 @@
 -- Every statement of the running service. "Now" is the database's; values are parameters.
--- Each is one autocommit statement that may be repeated after an unknown outcome.
+-- Each is one autocommit statement. After a lost answer: settling and giving back may be repeated;
+-- storing is repeated for what stored_intakes does not find; a lost claim is found by the next one.
 
 -- name: store_requests
 -- Store new attempts with their due times; an attempt that is stored already is left alone.
--- $1..$9 arrays of equal length: message_id, retry_count, max_retries, original_queue, error_reason,
--- delay interval, payload, traceparent, tracestate; (message_id, retry_count) unique within.
+-- $1..$10 arrays of equal length: message_id, retry_count, max_retries, original_queue, error_reason,
+-- delay interval, payload, traceparent, tracestate, intake_id; (message_id, retry_count) unique within.
 -- Returns a row for each attempt newly stored: message_id, retry_count, next_retry_at, due_in (seconds).
 WITH incoming AS (
     SELECT *
       FROM unnest($1::uuid[], $2::integer[], $3::integer[], $4::text[], $5::text[],
-                  $6::interval[], $7::bytea[], $8::text[], $9::text[])
+                  $6::interval[], $7::bytea[], $8::text[], $9::text[], $10::bigint[])
         AS request (message_id, retry_count, max_retries, original_queue, error_reason,
-                    delay, payload, traceparent, tracestate)
+                    delay, payload, traceparent, tracestate, intake_id)
 ), stored AS (
     INSERT INTO retry_queue AS task (message_id, retry_count, max_retries, original_queue, error_reason,
-                                     next_retry_at, payload_bytes, traceparent, tracestate)
+                                     next_retry_at, payload_bytes, traceparent, tracestate, intake_id)
     SELECT message_id, retry_count, max_retries, original_queue, error_reason,
-           clock_timestamp() + delay, octet_length(payload), traceparent, tracestate
+           clock_timestamp() + delay, octet_length(payload), traceparent, tracestate, intake_id
       FROM incoming
      ORDER BY message_id, retry_count  -- two instances that store the same attempts must not deadlock
         ON CONFLICT (message_id, retry_count) DO NOTHING
@@ -26,10 +27,20 @@ WITH incoming AS (
     SELECT stored.id, incoming.payload
       FROM stored
       JOIN incoming USING (message_id, retry_count)
+        ON CONFLICT (id) DO UPDATE SET payload = EXCLUDED.payload  -- a left-over of a restored backup
 )
 SELECT message_id, retry_count, next_retry_at,
        extract(epoch FROM next_retry_at - clock_timestamp())::float8 AS due_in
   FROM stored;
+
+-- name: stored_intakes
+-- Find which deliveries have been stored although the answer was lost.
+-- $1 message ids uuid[]; $2 intake ids bigint[], of equal length.
+-- Returns a row for each found: intake_id, retry_count, next_retry_at, due_in (seconds).
+SELECT told.intake_id, task.retry_count, task.next_retry_at,
+       extract(epoch FROM task.next_retry_at - clock_timestamp())::float8 AS due_in
+  FROM unnest($1::uuid[], $2::bigint[]) AS told (message_id, intake_id)
+  JOIN retry_queue AS task USING (message_id, intake_id);
 
 -- name: attempt_states
 -- Tell how attempts stand that a new message repeats.
@@ -42,12 +53,16 @@ SELECT told.message_id, told.retry_count, task.status,
 
 -- name: store_quarantined
 -- Keep malformed input. A redelivery of bytes that are kept already only counts them again.
--- $1..$6 arrays of equal length: sha256, field, reason, raw_body, raw_properties, redelivered.
--- Returns one row for each newly kept: field.
+-- $1..$7 arrays of equal length: sha256, field, reason, raw_body, raw_properties, redelivered, intake_id.
+-- Returns one row for each newly kept, also if a lost answer makes this a repetition: field.
 WITH incoming AS (
     SELECT *
-      FROM unnest($1::bytea[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::boolean[])
-        AS message (sha256, field, reason, raw_body, raw_properties, redelivered)
+      FROM unnest($1::bytea[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::boolean[], $7::bigint[])
+        AS message (sha256, field, reason, raw_body, raw_properties, redelivered, intake_id)
+), kept_already AS (
+    SELECT incoming.intake_id, incoming.field
+      FROM incoming
+      JOIN retry_quarantine AS kept USING (sha256, intake_id)
 ), seen_before AS (
     UPDATE retry_quarantine AS kept
        SET seen = kept.seen + 1
@@ -55,18 +70,24 @@ WITH incoming AS (
      WHERE incoming.redelivered AND kept.id = (
                SELECT min(first.id) FROM retry_quarantine AS first WHERE first.sha256 = incoming.sha256)
     RETURNING kept.sha256
+), kept_now AS (
+    INSERT INTO retry_quarantine (sha256, field, reason, raw_body, raw_properties, intake_id)
+    SELECT sha256, field, reason, raw_body, raw_properties, intake_id
+      FROM incoming
+     WHERE intake_id NOT IN (SELECT intake_id FROM kept_already)
+       AND (NOT redelivered OR sha256 NOT IN (SELECT sha256 FROM seen_before))
+    RETURNING field
 )
-INSERT INTO retry_quarantine (sha256, field, reason, raw_body, raw_properties)
-SELECT sha256, field, reason, raw_body, raw_properties
-  FROM incoming
- WHERE NOT redelivered OR sha256 NOT IN (SELECT sha256 FROM seen_before)
-RETURNING field;
+SELECT field FROM kept_now
+UNION ALL
+SELECT field FROM kept_already;
 
 -- name: claim_due
 -- Lend due attempts to one instance, oldest first; the others pass over what it holds.
 -- $1 limit_rows int; $2 lasts interval; $3 owner uuid; $4 limit_bytes bigint: at least one row, then
--- as many as fit; $5 floor timestamptz: nothing pending is older, see search_floor.
--- A lease whose owner is not in the register (any more) counts for nothing.
+-- as many as fit; $5 floor timestamptz: nothing pending is older, see search_floor;
+-- $6 bigint[] what the owner knows to hold: the rest that is lent to it was lost with an answer.
+-- A lease whose owner is known to be gone is void.
 -- Returns the attempts lent, in no promised order; late_s is the time since they were due;
 -- payload is NULL where an operator has deleted it.
 WITH due AS MATERIALIZED (  -- a fence: joined inline, the planner may lend more than the limit
@@ -75,7 +96,10 @@ WITH due AS MATERIALIZED (  -- a fence: joined inline, the planner may lend more
      WHERE status = 'pending'
        AND next_retry_at >= $5
        AND next_retry_at <= now()
-       AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))
+       AND (claimed_until IS NULL
+            OR claimed_until <= now()
+            OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL)
+            OR (claimed_by = $3 AND id <> ALL ($6::bigint[])))
      ORDER BY next_retry_at, id
      LIMIT $1
        FOR UPDATE SKIP LOCKED
@@ -100,13 +124,16 @@ RETURNING task.id, task.claims, task.message_id, task.original_queue, task.error
 -- Settle attempts whose publication was confirmed. An owner that was overtaken changes nothing.
 -- $1 ids bigint[]; $2 claims int[]; $3 statuses text[]; $4 notes text[].
 -- Returns the ids settled. Repeating it after a lost answer returns them again.
+-- Not "status = 'pending'": that would let the planner come in through the partial index of pending
+-- rows, all of them for each row to settle, on a table that has not been analyzed yet.
 WITH done AS (
     SELECT * FROM unnest($1::bigint[], $2::integer[], $3::text[], $4::text[]) AS done (id, claims, status, note)
 ), settled AS (
     UPDATE retry_queue AS task
        SET status = done.status, last_error = done.note, finished_at = clock_timestamp(), claimed_until = NULL
       FROM done
-     WHERE task.id = done.id AND task.claims = done.claims AND task.status = 'pending'
+     WHERE task.id = done.id AND task.claims = done.claims
+       AND task.status NOT IN ('retried', 'failed', 'discarded')  -- see below
     RETURNING task.id
 )
 SELECT id FROM settled
@@ -128,17 +155,21 @@ UPDATE retry_queue AS task
        next_retry_at = coalesce(clock_timestamp() + given.delay, task.next_retry_at)
   FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[], $6::integer[])
     AS given (id, claims, failures, error, delay, unsettled)
- WHERE task.id = given.id AND task.claims = given.claims AND task.status = 'pending'
+ WHERE task.id = given.id AND task.claims = given.claims
+   AND task.status NOT IN ('retried', 'failed', 'discarded')  -- as in complete
 RETURNING task.id, extract(epoch FROM task.next_retry_at - clock_timestamp())::float8 AS due_in;
 
 -- name: claim_quarantined
--- Lend quarantined messages that manual review has not got yet. Parameters as in claim_due.
+-- Lend quarantined messages that manual review has not got yet. $1 to $4 as in claim_due.
 WITH due AS MATERIALIZED (
     SELECT id, next_try_at, octet_length(raw_body) AS body_bytes
       FROM retry_quarantine
      WHERE delivered_at IS NULL
        AND next_try_at <= now()
-       AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))
+       AND (claimed_until IS NULL
+            OR claimed_until <= now()
+            OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL)
+            OR claimed_by = $3)  -- its owner claims after settling: whatever it seems to hold was lost
      ORDER BY next_try_at, id
      LIMIT $1
        FOR UPDATE SKIP LOCKED
@@ -161,7 +192,8 @@ RETURNING kept.id, kept.claims, kept.field, kept.reason, kept.raw_body, kept.rec
 UPDATE retry_quarantine AS kept
    SET delivered_at = clock_timestamp(), claimed_until = NULL
   FROM unnest($1::bigint[], $2::integer[]) AS done (id, claims)
- WHERE kept.id = done.id AND kept.claims = done.claims AND kept.delivered_at IS NULL
+ WHERE kept.id = done.id AND kept.claims = done.claims
+   AND coalesce(kept.delivered_at, 'infinity') = 'infinity'  -- as in complete
 RETURNING kept.id;
 
 -- name: release_quarantined
@@ -173,42 +205,51 @@ UPDATE retry_quarantine AS kept
        next_try_at = coalesce(clock_timestamp() + given.delay, kept.next_try_at)
   FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[], $6::integer[])
     AS given (id, claims, failures, error, delay, unsettled)
- WHERE kept.id = given.id AND kept.claims = given.claims AND kept.delivered_at IS NULL
+ WHERE kept.id = given.id AND kept.claims = given.claims
+   AND coalesce(kept.delivered_at, 'infinity') = 'infinity'  -- as in complete
 RETURNING kept.id;
 
 -- name: join_instances
--- Enter one instance in the register. $1 id uuid; $2 name text.
-INSERT INTO retry_instance (id, name) VALUES ($1, $2);
+-- Enter one instance in the register, and forget who has been gone for long. $1 id uuid; $2 name text.
+WITH forgotten AS (
+    DELETE FROM retry_instance WHERE gone_at < now() - interval '1 hour'
+)
+INSERT INTO retry_instance (id, name) VALUES ($1, $2) ON CONFLICT (id) DO NOTHING;
 
 -- name: leave_instances
--- Strike one instance off the register. $1 id uuid.
-DELETE FROM retry_instance WHERE id = $1;
+-- Mark this instance as gone: it holds nothing any more. $1 id uuid.
+UPDATE retry_instance SET gone_at = clock_timestamp() WHERE id = $1;
 
 -- name: bury_instances
--- Strike off instances whose beats have not moved since they were seen; that ends their leases.
--- $1 ids uuid[]; $2 the beats seen, bigint[]. Returns the ids and names struck off.
-DELETE FROM retry_instance AS instance
- USING unnest($1::uuid[], $2::bigint[]) AS seen (id, beat)
- WHERE instance.id = seen.id AND instance.beat = seen.beat
+-- Mark instances as gone whose beats have not moved since they were seen; that voids their leases.
+-- $1 ids uuid[]; $2 the beats seen, bigint[]. Returns the ids and names marked.
+UPDATE retry_instance AS instance
+   SET gone_at = clock_timestamp()
+  FROM unnest($1::uuid[], $2::bigint[]) AS seen (id, beat)
+ WHERE instance.id = seen.id AND instance.beat = seen.beat AND instance.gone_at IS NULL
 RETURNING instance.id, instance.name;
 
 -- name: beat
 -- Show that this instance is alive, and look at the table in the same breath.
 -- $1 id uuid; $2 how far to look ahead, interval; $3 floor timestamptz, see search_floor.
--- Returns no row if the register does not know the instance (any more), otherwise one row:
+-- Returns no row if the instance is not in the register or marked as gone, otherwise one row:
 -- others: ids, and their beats in the same order; due_now: is something due that nobody holds;
 -- quarantined: does a malformed message wait for manual review;
 -- coming: when the next attempts are due, in seconds from now, ascending, one for each 2 ms at most.
 WITH mine AS (
-    UPDATE retry_instance SET beat = beat + 1, beat_at = clock_timestamp() WHERE id = $1 RETURNING id
+    UPDATE retry_instance SET beat = beat + 1, beat_at = clock_timestamp()
+     WHERE id = $1 AND gone_at IS NULL
+    RETURNING id
 )
 SELECT others.ids, others.beats,
        EXISTS (SELECT 1 FROM retry_queue
                 WHERE status = 'pending' AND next_retry_at >= $3 AND next_retry_at <= now()
-                  AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))) AS due_now,
+                  AND (claimed_until IS NULL OR claimed_until <= now()
+                       OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL))) AS due_now,
        EXISTS (SELECT 1 FROM retry_quarantine
                 WHERE delivered_at IS NULL AND next_try_at <= now()
-                  AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by NOT IN (SELECT id FROM retry_instance))) AS quarantined,
+                  AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by = $1
+                       OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL))) AS quarantined,
        ARRAY (SELECT DISTINCT ceil(extract(epoch FROM soon.next_retry_at - now()) * 500)::float8 / 500
                 FROM (SELECT next_retry_at FROM retry_queue
                        WHERE status = 'pending' AND next_retry_at > now() AND next_retry_at <= now() + $2::interval
@@ -216,7 +257,7 @@ SELECT others.ids, others.beats,
                ORDER BY 1) AS coming
   FROM mine,
        (SELECT coalesce(array_agg(id ORDER BY id), '{}') AS ids, coalesce(array_agg(beat ORDER BY id), '{}') AS beats
-          FROM retry_instance WHERE id <> $1) AS others;
+          FROM retry_instance WHERE id <> $1 AND gone_at IS NULL) AS others;
 
 -- name: search_floor
 -- Tell below which due time nothing can be pending, so that claiming need not wade through the index
@@ -227,12 +268,26 @@ SELECT least(min(next_retry_at), clock_timestamp()) - interval '10 s' AS floor
  WHERE status = 'pending';
 
 -- name: queue_figures
--- Count what waits. Returns one row: depth; oldest_due_s, 0 if nothing is due.
-SELECT count(*) AS depth,
-       coalesce(greatest(extract(epoch FROM clock_timestamp() - min(next_retry_at)), 0), 0)::float8 AS oldest_due_s
-  FROM retry_queue
- WHERE status = 'pending';
+-- Count what waits, up to a million: a longer count would not be done before the next one is due.
+-- Returns one row: depth; oldest_due_s, 0 if nothing is due.
+SELECT (SELECT count(*) FROM (SELECT 1 FROM retry_queue WHERE status = 'pending' LIMIT 1000000) AS counted) AS depth,
+       coalesce(greatest(extract(epoch FROM clock_timestamp() - (
+           SELECT next_retry_at FROM retry_queue WHERE status = 'pending' ORDER BY next_retry_at LIMIT 1
+       )), 0), 0)::float8 AS oldest_due_s;
 
 -- name: server_state
--- Can this server take our writes? SELECT 1 would also succeed on a standby.
-SELECT NOT pg_is_in_recovery() AND current_setting('transaction_read_only') = 'off' AS writable;
+-- Can this server take our writes, and may our role do its work? SELECT 1 would also succeed on a standby.
+-- Returns one row: writable; lacking: tables and rights that are missing, in words.
+SELECT NOT pg_is_in_recovery() AND current_setting('transaction_read_only') = 'off' AS writable,
+       ARRAY (SELECT DISTINCT CASE WHEN to_regclass(needed.name) IS NULL THEN 'table ' || needed.name
+                                   ELSE needed.privilege || ' on ' || needed.name END
+                FROM (VALUES ('retry_queue', 'SELECT'), ('retry_queue', 'INSERT'), ('retry_queue', 'UPDATE'),
+                             ('retry_payload', 'SELECT'), ('retry_payload', 'INSERT'), ('retry_payload', 'UPDATE'),
+                             ('retry_quarantine', 'SELECT'), ('retry_quarantine', 'INSERT'),
+                             ('retry_quarantine', 'UPDATE'),
+                             ('retry_instance', 'SELECT'), ('retry_instance', 'INSERT'),
+                             ('retry_instance', 'UPDATE'), ('retry_instance', 'DELETE'))
+                  AS needed (name, privilege)
+               -- The function is NULL for a table that does not exist.
+               WHERE has_table_privilege(to_regclass(needed.name), needed.privilege) IS NOT TRUE
+               ORDER BY 1) AS lacking;

@@ -17,6 +17,8 @@ CREATE TABLE retry_queue (
     payload_bytes    integer     NOT NULL CHECK (payload_bytes >= 0),
     traceparent      text,
     tracestate       text,
+    -- Which delivery by the broker brought it: tells a repeated INSERT from a repeated request.
+    intake_id        bigint,
     publish_failures integer     NOT NULL DEFAULT 0 CHECK (publish_failures >= 0),
     last_error       text,
     -- The lease. `claims` is the fence: it rises with every claim, and whoever settles the row
@@ -59,6 +61,14 @@ END $$;
 CREATE TRIGGER retry_payload_follows_its_row
     AFTER DELETE ON retry_queue REFERENCING OLD TABLE AS gone
     FOR EACH STATEMENT EXECUTE FUNCTION retry_payload_follows_its_row();
+CREATE FUNCTION retry_payload_follows_its_table() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    TRUNCATE retry_payload;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER retry_payload_follows_its_table
+    AFTER TRUNCATE ON retry_queue
+    FOR EACH STATEMENT EXECUTE FUNCTION retry_payload_follows_its_table();
 
 -- Input that can never become an attempt: its bytes as they came, until people have seen them.
 CREATE TABLE retry_quarantine (
@@ -68,6 +78,7 @@ CREATE TABLE retry_quarantine (
     reason           text        NOT NULL,
     raw_body         bytea       NOT NULL,
     raw_properties   bytea       NOT NULL,
+    intake_id        bigint,
     seen             integer     NOT NULL DEFAULT 1,
     received_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
     delivered_at     timestamptz,
@@ -83,11 +94,14 @@ ALTER TABLE retry_quarantine ALTER COLUMN raw_body SET STORAGE EXTERNAL;
 CREATE INDEX idx_retry_quarantine_waiting ON retry_quarantine (next_try_at, id) WHERE delivered_at IS NULL;
 CREATE INDEX idx_retry_quarantine_sha256 ON retry_quarantine (sha256);
 
--- Who is running: an instance whose beat stands still has lost its leases.
+-- Who is running. An instance whose beat stands still is marked as gone, and its leases are void. It
+-- stays in the register for an hour: a lease is void because its owner is known to be gone, never
+-- because it is not known, so that a statement with an older view errs on the safe side.
 CREATE TABLE retry_instance (
     id         uuid        PRIMARY KEY,
     name       text        NOT NULL,
     started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     beat       bigint      NOT NULL DEFAULT 0,
-    beat_at    timestamptz NOT NULL DEFAULT clock_timestamp()
+    beat_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    gone_at    timestamptz
 ) WITH (fillfactor = 50);
