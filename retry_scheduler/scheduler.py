@@ -49,6 +49,9 @@ LOOK_AHEAD = timedelta(seconds=HORIZON_S)
 # Walking over some ten thousand dead index entries takes about this long.
 SLOW_SEARCH_S = 0.02
 
+# Less than the time between two beats, which wake the claiming loop.
+PROBE_EVERY_S = 0.5
+
 # However short the poll interval is set: each beat is a transaction.
 SHORTEST_BEAT_S = 0.1
 
@@ -83,6 +86,7 @@ class Scheduler:
         self._deliveries: set[asyncio.Task[None]] = set()
         self._changed = link.changed  # also set when anything else changes that claiming waits for
         self._quarantined = asyncio.Event()
+        self._probed_at_s = 0.0
         self._floor = LONG_AGO
         self._claimed_since_search = False
 
@@ -109,6 +113,8 @@ class Scheduler:
     async def run_once(self) -> bool:
         """Claim one batch and start its delivery. Returns whether more may be due. Raises Unavailable."""
         limit_rows = max(self._claimable(), 1)
+        if not self._link.proven:
+            self._probed_at_s = time.monotonic()
         claimed_at_s = time.monotonic()
         lease = self._lease(limit_rows)
         tasks = await self._repository.claim_due(lease)
@@ -174,12 +180,16 @@ class Scheduler:
         """How many rows it makes sense to claim now.
 
         None while our leases cannot be trusted, the broker takes no messages, or less than half a
-        hand is free; one through a connection that has not proven itself.
+        hand is free. One through a connection that has not proven itself; as many again with each beat
+        that brings no confirm, since perhaps only the queue of the first ones hangs.
         """
-        if self._presence.fenced(time.monotonic()) or not self._link.ready:
+        now_s = time.monotonic()
+        if self._presence.fenced(now_s) or not self._link.ready:
             return 0
         if not self._link.proven:
-            return 0 if self._held else 1
+            if self._held and now_s - self._probed_at_s < PROBE_EVERY_S:
+                return 0
+            return min(max(len(self._held), 1), MAX_IN_HAND - len(self._held), CLAIM_ROWS)
         room = MAX_IN_HAND - len(self._held)
         return min(room, CLAIM_ROWS) if room >= CLAIM_ROWS else 0
 
