@@ -37,6 +37,8 @@ MAX_IN_HAND = MAX_OUTSTANDING - MAX_QUARANTINED_IN_HAND
 # Half of what may be in hand, so that one batch is published while another is settled.
 CLAIM_ROWS = MAX_IN_HAND // 2
 CLAIM_BYTES = 16 * 1024 * 1024
+# Each byte in hand is in memory about three times while it is on its way to a broker that is slow.
+MAX_HELD_BYTES = 2 * CLAIM_BYTES
 
 # Only a fallback, should a living instance lose sight of a row: the rows of one that has stopped
 # beating are taken over after seconds. Much shorter and a long alarm of the broker, through which
@@ -83,6 +85,7 @@ class Scheduler:
         self._name = name
         self._poll_interval_s = poll_interval.total_seconds()
         self._held: dict[int, int] = {}  # id -> claims
+        self._held_bytes = 0
         self._deliveries: set[asyncio.Task[None]] = set()
         self._changed = link.changed  # also set when anything else changes that claiming waits for
         self._quarantined = asyncio.Event()
@@ -97,7 +100,8 @@ class Scheduler:
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set and everything in hand is settled. One failing loop ends the others."""
         async with asyncio.TaskGroup() as loops:
-            beat = loops.create_task(self._beat_for_ever(), name="beat")
+            settled = asyncio.Event()
+            loops.create_task(self._beat_until(settled), name="beat")
             search = loops.create_task(self._search_for_ever(), name="search")
             loops.create_task(self._wake_everybody_at(stop), name="wake at stop")
             quarantine = loops.create_task(self._deliver_quarantined(stop), name="quarantine")
@@ -106,7 +110,8 @@ class Scheduler:
             while self._deliveries:
                 await asyncio.wait(set(self._deliveries))
             search.cancel()
-            beat.cancel()
+            # Not cancelled: a beat that is under way might enter the register after we have left it.
+            settled.set()
         with suppress(Unavailable):  # otherwise the others will see the beat stand still
             await self._repository.leave_instances(self._presence.id)
 
@@ -118,9 +123,11 @@ class Scheduler:
         claimed_at_s = time.monotonic()
         lease = self._lease(limit_rows)
         tasks = await self._repository.claim_due(lease)
+        size = sum(len(task.payload or b"") for task in tasks)
         if tasks:
             self._claimed_since_search = True
             self._held.update((task.id, task.claims) for task in tasks)
+            self._held_bytes += size
             lonely = [task for task in tasks if travels_alone(task.claims_unsettled)]
             others = [task for task in tasks if not travels_alone(task.claims_unsettled)]
             for batch in filter(None, (others, lonely)):
@@ -129,7 +136,6 @@ class Scheduler:
                 )
                 self._deliveries.add(delivery)
                 delivery.add_done_callback(self._deliveries.discard)
-        size = sum(len(task.payload or b"") for task in tasks)
         return len(tasks) == limit_rows or size > CLAIM_BYTES // 2
 
     async def beat_once(self) -> None:
@@ -180,11 +186,11 @@ class Scheduler:
         """How many rows it makes sense to claim now.
 
         None while our leases cannot be trusted, the broker takes no messages, or less than half a
-        hand is free. One through a connection that has not proven itself; as many again with each beat
-        that brings no confirm, since perhaps only the queue of the first ones hangs.
+        hand is free, in rows or in bytes. One through a connection that has not proven itself; as many
+        again with each beat that brings no confirm, since perhaps only the queue of the first ones hangs.
         """
         now_s = time.monotonic()
-        if self._presence.fenced(now_s) or not self._link.ready:
+        if self._presence.fenced(now_s) or not self._link.ready or self._held_bytes > MAX_HELD_BYTES:
             return 0
         if not self._link.proven:
             if self._held and now_s - self._probed_at_s < PROBE_EVERY_S:
@@ -205,11 +211,16 @@ class Scheduler:
             young = now_s - claimed_at_s < PUBLISH_BEFORE_S
             return young and owner == self._presence.id and not self._presence.fenced(now_s)
 
+        in_hand = {task.id for task in tasks}
+
         def put_down(settled: Iterable[ClaimedRetry]) -> None:
             for task in settled:
                 # A row that was given back may have been claimed anew before its answer came.
                 if self._held.get(task.id) == task.claims:
                     del self._held[task.id]
+                if task.id in in_hand:
+                    in_hand.discard(task.id)
+                    self._held_bytes -= len(task.payload or b"")
             self._changed.set()
 
         try:
@@ -243,8 +254,8 @@ class Scheduler:
                 log.exception(logs.QUARANTINE_CLAIM_FAILED)
                 await asyncio.sleep(LAST_PAUSE_S)
 
-    async def _beat_for_ever(self) -> None:
-        while True:
+    async def _beat_until(self, settled: asyncio.Event) -> None:
+        while not settled.is_set():
             began_s = time.monotonic()
             try:
                 await self.beat_once()
@@ -252,7 +263,9 @@ class Scheduler:
                 self._metrics.reconnecting(problem.server)
                 log.warning(logs.POSTGRES_FAILED, error=problem.problem)
             period_s = min(BEAT_EVERY.total_seconds(), max(self._poll_interval_s, SHORTEST_BEAT_S))
-            await asyncio.sleep(max(began_s + period_s - time.monotonic(), period_s / 10))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(began_s + period_s - time.monotonic(), period_s / 10)):
+                    await settled.wait()
 
     async def _search_for_ever(self) -> None:
         """Find out now and then where pending rows begin, if searching from the start has become slow.

@@ -12,6 +12,7 @@ from retry_scheduler.errors import MalformedRequest
 from retry_scheduler.messages import ERROR_REASON_MAX_BYTES, RetryRequest, parse_request, storable_text
 from tests.factories import (
     MISSING,
+    PAYLOAD,
     encoded,
     make_raw_request,
     make_request,
@@ -22,6 +23,7 @@ from tests.malformed import MALFORMED, TWO_MISTAKES, Malformed
 from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE
 
 ALL_BYTES = bytes(range(256))
+LARGE_PAYLOAD = encoded(bytes(2 * 1024 * 1024)).encode()
 
 # Surrogates too: JSON can write what UTF-8 cannot.
 any_text = st.text(st.characters(), max_size=20)
@@ -43,6 +45,21 @@ def test_a_request_that_breaks_a_rule_is_refused_by_the_name_of_the_field(malfor
 
     assert refusal.value.field == malformed.field
     assert str(refusal.value).startswith(f"{malformed.field}: ")
+    assert len(str(refusal.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [malformed for malformed in MALFORMED if encoded(PAYLOAD).encode() in malformed.body],
+    ids=lambda malformed: malformed.what,
+)
+def test_a_large_payload_changes_nothing_in_what_is_refused_and_why(malformed: Malformed) -> None:
+    body = malformed.body.replace(encoded(PAYLOAD).encode(), LARGE_PAYLOAD)
+
+    with pytest.raises(MalformedRequest) as refusal:
+        parse(body)
+
+    assert refusal.value.field == malformed.field
     assert len(str(refusal.value)) < 1000
 
 
@@ -184,6 +201,16 @@ def test_a_wait_of_any_length_is_taken_and_a_wait_of_0_is_not_the_same_as_none()
 )
 def test_fields_that_the_contract_does_not_name_change_nothing(extra: dict[str, Any]) -> None:
     fields = request_fields(retry_count=1)
+
+    assert parse(json.dumps({**extra, **fields}).encode()) == parse(json.dumps(fields).encode())
+
+
+def test_names_of_ours_inside_ignored_fields_are_ignored_beside_a_large_payload() -> None:
+    fields = request_fields(original_payload=LARGE_PAYLOAD.decode(), retry_count=1)
+    extra = {
+        "headers": {"message_id": "of the upstream", "retry_count": 5},
+        "note": 'caf\u00e9 "retry_count": 7',
+    }
 
     assert parse(json.dumps({**extra, **fields}).encode()) == parse(json.dumps(fields).encode())
 

@@ -1,0 +1,104 @@
+"""The publishing link on a real broker: each publication's outcome is told once, whenever it comes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+
+import pytest
+
+from retry_scheduler.broker.confirms import Outcome
+from retry_scheduler.broker.properties import encode_properties
+from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from tests.test_hanging_queue import suspended
+from tests.upstream import Upstream
+from tests.waiting import eventually
+
+pytest_plugins = ("tests.fixtures",)
+
+
+@pytest.fixture
+async def link(broker_url: str) -> AsyncIterator[PublishLink]:
+    """A link that is up."""
+    made = PublishLink(broker_url, queues=(), name="test", on_problem=lambda problem: None)
+    running = asyncio.create_task(made.run())
+    await eventually(lambda: made.ready)
+    yield made
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def publication(queue: str, key: str, body: bytes = b"x") -> Publication:
+    return Publication(queue, key=key, properties=encode_properties({RETRY_ID: key}), body=body)
+
+
+async def test_outcomes_come_in_the_order_of_the_publications(link: PublishLink, upstream: Upstream) -> None:
+    upstream.declare("orders")
+    upstream.declare("full", x_max_length=1, x_overflow="reject-publish")
+    upstream.ask(b"in the way", queue="full")
+
+    outcomes = await link.publish(
+        [
+            publication(queue, f"{n}:0")
+            for n, queue in enumerate(["orders", "nowhere", "full", "orders"] * 100)
+        ]
+    )
+
+    assert outcomes == [Outcome.CONFIRMED, Outcome.RETURNED, Outcome.REFUSED, Outcome.CONFIRMED] * 100
+    assert upstream.depth("orders") == 200
+
+
+async def test_what_cannot_be_encoded_is_unsendable_and_the_others_arrive(
+    link: PublishLink, upstream: Upstream
+) -> None:
+    upstream.declare("orders")
+
+    outcomes = await link.publish(
+        [publication("orders", "1:0"), publication("q" * 256, "2:0"), publication("orders", "3:0")]
+    )
+
+    assert outcomes == [Outcome.CONFIRMED, Outcome.UNSENDABLE, Outcome.CONFIRMED]
+    assert upstream.depth("orders") == 2
+
+
+async def test_what_is_confirmed_while_the_caller_works_on_a_wave_is_told_in_a_later_one(
+    link: PublishLink, upstream: Upstream, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> None:
+    upstream.declare("quick", "slow")
+    waves: list[list[tuple[int, Outcome]]] = []
+
+    with ExitStack() as until_resumed:
+        until_resumed.enter_context(suspended(rabbitmq, vhost, "slow"))
+        async for wave in link.waves([publication("quick", "1:0"), publication("slow", "2:0")]):
+            waves.append(wave)
+            if len(waves) == 1:  # settling rows takes time, and the broker goes on meanwhile
+                until_resumed.close()
+                await eventually(lambda: upstream.depth("slow") == 1)
+                await link.round_trip()
+                await link.round_trip()
+
+    assert waves == [[(0, Outcome.CONFIRMED)], [(1, Outcome.CONFIRMED)]]
+
+
+async def test_a_link_that_is_not_up_sends_nothing_and_says_so(broker_url: str, upstream: Upstream) -> None:
+    upstream.declare("orders")
+    link = PublishLink(broker_url, queues=(), name="test", on_problem=lambda problem: None)
+
+    assert await link.publish([publication("orders", "1:0")]) == [Outcome.NOT_SENT]
+    assert await link.publish([]) == []
+    assert upstream.depth("orders") == 0
+
+
+async def test_a_connection_that_dies_leaves_what_was_sent_unknown_and_the_link_comes_back(
+    link: PublishLink, upstream: Upstream, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> None:
+    upstream.declare("slow", "orders")
+
+    with suspended(rabbitmq, vhost, "slow"):
+        publishing = asyncio.create_task(link.publish([publication("slow", f"{n}:0") for n in range(10)]))
+        await asyncio.to_thread(rabbitmq.ctl, "close_all_connections", "--vhost", vhost, "maintenance")
+        outcomes = await publishing
+    await eventually(lambda: link.ready)
+
+    assert outcomes == [Outcome.UNKNOWN] * 10
+    assert await link.publish([publication("orders", "1:0")]) == [Outcome.CONFIRMED]
