@@ -7,8 +7,9 @@ from benchmarks.bed import Place
 
 __all__ = ["distribution", "due_lateness_ms", "median", "quantile", "rounded", "spread"]
 
-# The points of the picture, dense where lateness is decided.
-_POINTS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+# The points of the picture, whose axis ends at 99.9 %.
+_POINTS = (*(n / 100 for n in range(0, 90, 2)), *(n / 1000 for n in range(900, 990, 5)))
+_TAIL = tuple(n / 10_000 for n in range(9900, 9991, 5))
 
 
 def quantile(ascending: Sequence[float], part: float) -> float:
@@ -31,7 +32,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def distribution(values: Sequence[float]) -> list[tuple[float, float]]:
     """Return (share, value not exceeded by that share) for a picture."""
     ascending = sorted(values)
-    return [(part, quantile(ascending, part)) for part in _POINTS]
+    return [(part, quantile(ascending, part)) for part in _POINTS + _TAIL]
 
 
 def rounded(value: object) -> object:

@@ -41,13 +41,14 @@ async def _measure(at: Bed, options: Options) -> Figures:
     count = options.scaled(20_000, 2_000)
     rates: dict[int, list[float]] = {size: [] for size in sizes}
     memory: dict[int, float] = {}
+    bytes_each = 0.0
     duplicates = 0
     places = [at.place(f"pending_{size}") for size in sizes]
     with places[0] as empty, places[1] as some, places[2] as many:
         by_size = dict(zip(sizes, (empty, some, many), strict=True))
         for size, place in by_size.items():
             began = time.monotonic()
-            await _fill(place, size)
+            bytes_each = await _fill(place, size)
             say(f"{size:,} pending rows made in {time.monotonic() - began:.0f} s")
         for turn in range(options.repetitions):
             for size, place in by_size.items():
@@ -73,19 +74,25 @@ async def _measure(at: Bed, options: Options) -> Figures:
             }
             for size in sizes
         ],
+        "bytes_per_row": bytes_each,
         "claim_rows": CLAIM_ROWS,
         "duplicates": duplicates,
     }
 
 
-async def _fill(place: Place, size: int) -> None:
+async def _fill(place: Place, size: int) -> float:
+    """Make `size` pending rows and return how many bytes each takes, body and indexes included."""
     place.migrate()
     connection = await place.connect()
     try:
         for first in range(0, size, CHUNK):
             await _insert(connection, min(CHUNK, size - first), due_in="1 day", within="30 days")
-        # Also freezes what autovacuum would otherwise look at during the measurement.
+        # Also does what autovacuum would otherwise do during the measurement.
         await connection.execute("VACUUM (ANALYZE) retry_queue, retry_payload")
+        taken: int = await connection.fetchval(
+            "SELECT pg_total_relation_size('retry_queue') + pg_total_relation_size('retry_payload')"
+        )
+        return taken / size if size else 0.0
     finally:
         await connection.close()
 

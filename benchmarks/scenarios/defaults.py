@@ -22,7 +22,7 @@ LIMIT_S = 300
 
 async def _measure(at: Bed, options: Options) -> Figures:
     # Warm, as the rates below are; the delays of the defaults would only part taking in from sending.
-    run = await one_burst(at, Service(AT_ONCE), options.scaled(20_000, 2_000), "defaults_burst")
+    run = await one_burst(at, Service(AT_ONCE), options.scaled(20_000, 1_000), "defaults_burst")
     ceiling = run["rate_per_s"]
     say(f"{ceiling:,.0f}/s in a burst")
     tried: list[Figures] = []
@@ -30,7 +30,7 @@ async def _measure(at: Bed, options: Options) -> Figures:
         rate = ceiling * share
         at.settle()
         with at.place(f"defaults_{share * 100:.0f}") as place:
-            tried.append({"rate_per_s": rate, **await _try(place, rate, options.scaled(20, 2))})
+            tried.append({"rate_per_s": rate, **await _try(place, rate, options.scaled(20, 1))})
         say(f"{rate:,.0f}/s is {'kept' if tried[-1]['kept'] else 'not kept'}")
         if tried[-1]["kept"]:
             break

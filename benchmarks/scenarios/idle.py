@@ -8,14 +8,12 @@ from benchmarks.contestants import Service
 from benchmarks.scenario import Figures, Options, Row, Scenario
 from benchmarks.usage import resident_mb
 
-WARM_UP_S = 5
-
 
 async def _measure(at: Bed, options: Options) -> Figures:
-    seconds = options.scaled(60, 6)
+    warm_up_s, seconds = options.scaled(5, 1), options.scaled(60, 4)
     with at.place("idle") as place:
         async with Service().running(place) as programs:
-            await asyncio.sleep(WARM_UP_S)
+            await asyncio.sleep(warm_up_s)
             usage, statements, began = place.usage(programs), _statements(place), time.monotonic()
             await asyncio.sleep(seconds)
             took_s = time.monotonic() - began

@@ -82,12 +82,12 @@ async def _compare(at: Bed, contestants: list[Contestant], options: Options, pac
 
 
 async def _measure_steady(at: Bed, options: Options) -> Figures:
-    pace = Pace(200, options.scaled(20, 2), _delays_ms(options))
+    pace = Pace(200, options.scaled(20, 1), _delays_ms(options))
     return await _compare(at, [Service(pace.settings), *yardsticks(pace.delays_ms)], options, pace)
 
 
 async def _measure_fast(at: Bed, options: Options) -> Figures:
-    pace = Pace(1000, options.scaled(20, 2), _delays_ms(options))
+    pace = Pace(1000, options.scaled(20, 1), _delays_ms(options))
     service = Service({**TUNED, **pace.settings})
     return await _compare(at, [service, Native(tuple(pace.delays_ms.values()))], options, pace)
 
