@@ -25,7 +25,9 @@ _CHOICE = re.compile(r"\[\[if (\w+)\]\]\n(.*?)(?:\[\[else\]\]\n(.*?))?\[\[end\]\
 
 
 def main() -> int:
-    """Write the files; with --check only tell whether they are up to date."""
+    """Write the files; with --check only tell whether they are up to date. Without results: nothing."""
+    if not RESULTS.exists():
+        return 0
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     files = documents(results["machine"], results["scenarios"])
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]

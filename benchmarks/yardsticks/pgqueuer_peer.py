@@ -24,9 +24,10 @@ from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLi
 
 ENTRYPOINT = "redeliver"
 
-# Tried on the machine of docs/performance.md: smaller batches are slower, larger ones no faster.
-BATCH = 500
-CONNECTIONS = 4
+# The best of batches from 100 to 1000, 2 to 4 batches in hand or no limit, 4 and 8 connections.
+BATCH = 250
+IN_HAND = 4 * BATCH
+CONNECTIONS = 8
 
 
 async def store(intake: IntakeLink, queries: Any) -> None:
@@ -84,7 +85,7 @@ async def main() -> None:
         while not (link.ready and intake.up):
             await asyncio.sleep(0.01)
         tasks.create_task(store(intake, queries))
-        tasks.create_task(queuer.run(batch_size=BATCH, max_concurrent_tasks=2 * BATCH))
+        tasks.create_task(queuer.run(batch_size=BATCH, max_concurrent_tasks=IN_HAND))
         print(READY, flush=True)
 
 
