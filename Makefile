@@ -4,11 +4,11 @@ UV ?= uv
 COMPILE = $(UV) pip compile pyproject.toml --quiet --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(ARGS)
 
-.PHONY: help demo test check bench format settings lock clean setup setup-python
+.PHONY: help demo test check bench bench-docs peers format settings lock clean setup setup-python
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: setup  ## Show the service at work with servers of its own (KEEP=1: until Ctrl-C)
 	@.venv/bin/retry-scheduler demo $(if $(KEEP),--keep)
@@ -19,8 +19,14 @@ test: setup  ## Run all tests (ARGS="-k name" for some)
 check: setup-python  ## Check format, lint, types, layers, dependencies and file lengths
 	@scripts/check
 
-bench: setup  ## Measure throughput and lateness (ARGS=... is passed on)
-	@.venv/bin/python -m benchmarks.burst $(ARGS)
+bench: setup  ## Measure beside yardsticks (ARGS="--only burst,steady", --short, --help)
+	@.venv/bin/python -m benchmarks.suite $(ARGS)
+
+bench-docs: setup-python  ## Write docs/performance.md and its pictures from benchmarks/results/latest.json
+	@.venv/bin/python -m benchmarks.page
+
+peers:  ## Install what bench compares the service with into .venv-peers (PgQueuer, Celery)
+	@scripts/setup peers
 
 format: setup-python  ## Format the code, and repair what the linter can repair
 	@.venv/bin/ruff format --quiet .
@@ -32,9 +38,10 @@ settings: setup-python  ## Write .env.example and docs/settings.md from the sett
 lock:  ## Resolve the dependencies anew into requirements/*.lock (ARGS=--upgrade for newer versions)
 	@$(COMPILE) --output-file requirements/runtime.lock
 	@$(COMPILE) --extra demo --group dev --output-file requirements/dev.lock
+	@$(COMPILE) --group peers --output-file requirements/peers.lock
 
 clean:  ## Remove .venv and everything else that can be made again
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	@rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup:

@@ -1,0 +1,123 @@
+"""`make bench-docs`: writes docs/performance.md and its pictures from benchmarks/results/latest.json.
+
+No figure in that page is typed by hand. The words are in performance.template.md, in which
+    {burst[ratios][PgQueuer]:.1f}       is a figure, formatted as Python does
+    [[if soak]] ... [[else]] ... [[end]] depends on whether a scenario has been measured
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bed import CHECKOUT
+from benchmarks.contestants import Service
+from benchmarks.pictures import lateness, throughput
+from benchmarks.report import RESULTS
+from benchmarks.scenario import Figures
+
+DOCS = CHECKOUT / "docs"
+TEMPLATE = Path(__file__).with_name("performance.template.md")
+
+_CHOICE = re.compile(r"\[\[if (\w+)\]\]\n(.*?)(?:\[\[else\]\]\n(.*?))?\[\[end\]\]\n", re.DOTALL)
+
+
+def main() -> int:
+    """Write the files; with --check only tell whether they are up to date. Without results: nothing."""
+    if not RESULTS.exists():
+        return 0
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    files = documents(results["machine"], results["scenarios"])
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.name} is out of date: run `make bench-docs`", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(files[path], encoding="utf-8")
+    return 0
+
+
+def documents(machine: Mapping[str, Any], measured: Mapping[str, Figures]) -> dict[Path, str]:
+    """Return the files and what must stand in them."""
+    page = _CHOICE.sub(
+        lambda found: found[2] if found[1] in measured else (found[3] or ""), TEMPLATE.read_text("utf-8")
+    )
+    words = {"machine": machine, "sizing": _sizing(measured), "tables": _tables(measured), **measured}
+    files = {DOCS / "performance.md": page.format_map(words)}
+    if "burst" in measured:
+        files[DOCS / "throughput.svg"] = throughput(measured["burst"])
+    if "steady" in measured:
+        files[DOCS / "lateness.svg"] = lateness(measured["steady"])
+    return files
+
+
+def _tables(measured: Mapping[str, Figures]) -> dict[str, str]:
+    tables = {}
+    if burst := measured.get("burst"):
+        tables["burst"] = _table(
+            ("", "retries/s", "the service's rate is", "own CPU", "RabbitMQ", "PostgreSQL"),
+            (
+                (
+                    _named(name),
+                    f"{each['rate_per_s']:,.0f}",
+                    "" if name == Service.name else f"{burst['ratios'][name]:.2f} of it",
+                    *(f"{each[who]:.0f}" for who in ("program_us", "rabbitmq_us", "postgres_us")),
+                )
+                for name, each in burst["contestants"].items()
+            ),
+        )
+    for scenario in ("steady", "fast"):
+        if late := measured.get(scenario):
+            tables[scenario] = _table(
+                ("end to end, ms", "earliest", "p50", "p99", "latest"),
+                (
+                    (_named(name), *(f"{each[point]:.1f}" for point in ("min", "p50", "p99", "max")))
+                    for name, each in late["end_to_end_ms"].items()
+                ),
+            )
+    if backlog := measured.get("backlog"):
+        tables["backlog"] = _table(
+            ("other pending rows", "rate", "share of the empty table's", "claim p50", "claim p99", "memory"),
+            (
+                (
+                    f"{each['pending']:,}",
+                    f"{each['rate_per_s']:,.0f}/s",
+                    f"{each['share']:.2f}",
+                    f"{each['claim_ms']['p50']:.1f} ms",
+                    f"{each['claim_ms']['p99']:.1f} ms",
+                    f"{each['resident_mb']:.0f} MB",
+                )
+                for each in backlog["sizes"]
+            ),
+        )
+    return tables
+
+
+def _sizing(measured: Mapping[str, Figures]) -> dict[str, float]:
+    sizing = {}
+    if burst := measured.get("burst"):
+        ours = burst["contestants"][Service.name]
+        all_us = sum(ours[who] for who in ("program_us", "rabbitmq_us", "postgres_us"))
+        sizing["service_per_core"] = 1e6 / ours["program_us"]
+        sizing["whole_per_core"] = 1e6 / all_us
+        sizing["cpu_us"] = all_us
+    if backlog := measured.get("backlog"):
+        sizing["bytes_per_row"] = backlog["bytes_per_row"]
+        sizing["million_rows_per_gb"] = 1e9 / backlog["bytes_per_row"] / 1e6
+    return sizing
+
+
+def _table(heads: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> str:
+    rule = ["---"] + ["---:"] * (len(heads) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))
+
+
+def _named(name: str) -> str:
+    return f"**{name}**" if name == Service.name else name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""The scenarios, in the order of the report."""
+
+from benchmarks.scenario import Scenario
+from benchmarks.scenarios import backlog, burst, defaults, horizon, idle, instances, punctual, soak
+
+ALL: list[Scenario] = [
+    burst.SCENARIO,
+    defaults.SCENARIO,
+    punctual.STEADY,
+    punctual.FAST,
+    backlog.SCENARIO,
+    instances.SCENARIO,
+    idle.SCENARIO,
+    horizon.SCENARIO,
+    soak.SCENARIO,
+]

@@ -1,0 +1,65 @@
+"""`make bench`: measures the service beside its yardsticks on private servers, and reports.
+
+Everything shares this machine: both servers, upstream, consumer, and whoever is measured. So
+absolute numbers are context; what counts are ratios of medians from rounds taken in turns.
+"""
+
+import argparse
+import sys
+import traceback
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.bed import bed
+from benchmarks.report import RESULTS, keep, machine, table, throwaway
+from benchmarks.scenario import Figures, Options, Scenario
+from benchmarks.scenarios import ALL
+
+
+def main() -> int:
+    """Run what the command line asks for. Returns 1 if a figure could not be produced."""
+    options, chosen, target = _command_line()
+    measured: dict[str, Figures] = {}
+    failed = []
+    with ExitStack() as whole_run:
+        # Fresh servers for each scenario, so that none finds what another has left; in a short run
+        # the time to start them counts for more.
+        shared = whole_run.enter_context(bed()) if options.short else None
+        for scenario in chosen:
+            print(f"bench: {scenario.name}: {scenario.title}", flush=True)
+            try:
+                with nullcontext(shared) if shared else bed() as at:
+                    measured[scenario.name] = uvloop.run(scenario.measure(at, options))
+            except Exception:  # the other figures can still be had
+                traceback.print_exc()
+                failed.append(scenario.name)
+                continue
+            keep(target, scenario.name, measured[scenario.name], options)
+    on = machine()
+    print(f"\n{on['processor']}, {on['cores']} cores shared by everything\n")
+    print(table(chosen, measured))
+    for name in failed:
+        print(f"bench: {name} could not be measured", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _command_line() -> tuple[Options, list[Scenario], Path]:
+    names = [scenario.name for scenario in ALL]
+    parser = argparse.ArgumentParser(prog="make bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", help=f"some of {','.join(names)}")
+    parser.add_argument("--short", action="store_true", help="small sizes: shows that all figures can be had")
+    parser.add_argument("--rounds", type=int, default=Options.rounds, help="rounds taken in turns")
+    parser.add_argument("--soak-minutes", type=int, default=Options.soak_minutes)
+    parser.add_argument("--horizon-minutes", type=int, default=Options.horizon_minutes)
+    given = parser.parse_args()
+    wanted = given.only.split(",") if given.only else [s.name for s in ALL if not s.by_name_only]
+    if unknown := set(wanted) - set(names):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    options = Options(given.short, given.rounds, given.horizon_minutes, given.soak_minutes)
+    return options, [s for s in ALL if s.name in wanted], throwaway() if given.short else RESULTS
+
+
+if __name__ == "__main__":
+    sys.exit(main())
