@@ -19,7 +19,7 @@ test: setup  ## Run all tests (ARGS="-k name" for some)
 check: setup-python  ## Check format, lint, types, layers, dependencies and file lengths
 	@scripts/check
 
-bench: setup  ## Measure beside yardsticks (ARGS="--only burst,steady", --short, --help)
+bench: setup  ## Measure speed and lateness (ARGS=--all: beside yardsticks, half an hour; ARGS=--help)
 	@.venv/bin/python -m benchmarks.suite $(ARGS)
 
 bench-docs: setup-python  ## Write docs/performance.md and its pictures from benchmarks/results/latest.json

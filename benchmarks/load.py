@@ -120,8 +120,12 @@ class Load:
         publication: Callable[[Message], Publication],
         *,
         rate_per_s: float | None = None,
+        until: int | None = None,
     ) -> float:
-        """Send `count` messages and return the seconds from the first publish to the last arrival."""
+        """Send `count` messages and return the seconds from the first publish to the last arrival.
+
+        until: how many arrivals to wait for, where this is not the first call; `count` otherwise.
+        """
         chosen = islice(messages(delays_ms), count)
         made: Iterable[tuple[Message, Publication]] = ((each, publication(each)) for each in chosen)
         if rate_per_s is None:
@@ -129,7 +133,7 @@ class Load:
         began = time.monotonic()
         async with asyncio.TaskGroup() as sides:
             sides.create_task(self.send(made, rate_per_s=rate_per_s))
-            sides.create_task(self.receive(count))
+            sides.create_task(self.receive(until or count))
         return time.monotonic() - began
 
     def lateness_ms(self) -> list[float]:

@@ -15,7 +15,7 @@ import uvloop
 from benchmarks.bed import bed
 from benchmarks.report import RESULTS, keep, machine, table, throwaway
 from benchmarks.scenario import Figures, Options, Scenario
-from benchmarks.scenarios import ALL
+from benchmarks.scenarios import ALL, promise
 
 
 def main() -> int:
@@ -48,13 +48,17 @@ def main() -> int:
 def _command_line() -> tuple[Options, list[Scenario], Path]:
     names = [scenario.name for scenario in ALL]
     parser = argparse.ArgumentParser(prog="make bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="everything but the hours: about half an hour")
     parser.add_argument("--only", help=f"some of {','.join(names)}")
     parser.add_argument("--short", action="store_true", help="small sizes: shows that all figures can be had")
     parser.add_argument("--rounds", type=int, default=Options.rounds, help="rounds taken in turns")
     parser.add_argument("--soak-minutes", type=int, default=Options.soak_minutes)
     parser.add_argument("--horizon-minutes", type=int, default=Options.horizon_minutes)
     given = parser.parse_args()
-    wanted = given.only.split(",") if given.only else [s.name for s in ALL if not s.by_name_only]
+    everything = given.all or given.short
+    wanted = [s.name for s in ALL if not s.by_name_only] if everything else [promise.SCENARIO.name]
+    if given.only:
+        wanted = given.only.split(",")
     if unknown := set(wanted) - set(names):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     options = Options(given.short, given.rounds, given.horizon_minutes, given.soak_minutes)

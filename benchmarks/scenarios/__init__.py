@@ -1,9 +1,10 @@
 """The scenarios, in the order of the report."""
 
 from benchmarks.scenario import Scenario
-from benchmarks.scenarios import backlog, burst, defaults, horizon, idle, instances, punctual, soak
+from benchmarks.scenarios import backlog, burst, defaults, horizon, idle, instances, promise, punctual, soak
 
 ALL: list[Scenario] = [
+    promise.SCENARIO,
     burst.SCENARIO,
     defaults.SCENARIO,
     punctual.STEADY,

@@ -15,6 +15,7 @@ from benchmarks.figures import median, spread
 from benchmarks.load import ORDERS, load
 from benchmarks.scenario import Figures, Options, Row, Scenario, say
 from benchmarks.usage import resident_mb
+from retry_scheduler.repository import LONG_AGO
 from retry_scheduler.scheduler import CLAIM_BYTES, CLAIM_ROWS, LEASE
 from retry_scheduler.sql import query
 
@@ -120,7 +121,9 @@ async def _claim_ms(place: Place, claims: int) -> list[float]:
         await connection.execute(query("join_instances"), owner, "bench")
         for _ in range(claims):
             began = time.perf_counter()
-            rows = await connection.fetch(query("claim_due"), CLAIM_ROWS, LEASE, owner, CLAIM_BYTES)
+            rows = await connection.fetch(
+                query("claim_due"), CLAIM_ROWS, LEASE, owner, CLAIM_BYTES, LONG_AGO, []
+            )
             took.append((time.perf_counter() - began) * 1000)
             done = [row["id"] for row in rows], [row["claims"] for row in rows]
             await connection.fetch(query("complete"), *done, ["retried"] * len(rows), [None] * len(rows))

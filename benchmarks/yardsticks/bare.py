@@ -19,6 +19,7 @@ from benchmarks.yardsticks.common import READY, URL, delay_ms, fail, open_pool, 
 from retry_scheduler.broker.intake_link import IntakeLink
 from retry_scheduler.broker.properties import encode_properties
 from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.repository import LONG_AGO
 from retry_scheduler.scheduler import CLAIM_BYTES, CLAIM_ROWS, LEASE
 from retry_scheduler.sql import query
 
@@ -42,14 +43,17 @@ async def store(intake: IntakeLink, pool: "asyncpg.Pool[asyncpg.Record]") -> Non
             [base64.b64decode(body["original_payload"]) for body in bodies],
             [None] * len(bodies),
             [None] * len(bodies),
+            [None] * len(bodies),
         )
         intake.acknowledge(batch)
 
 
-async def redeliver(link: PublishLink, pool: "asyncpg.Pool[asyncpg.Record]", owner: uuid.UUID) -> None:
-    """Claim, publish, complete."""
+async def redeliver(link: PublishLink, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    """Claim, publish, complete; an owner of its own, since it may take back what it does not know to hold."""
+    owner = uuid.uuid4()
+    await pool.fetch(query("join_instances"), owner, "bare")
     while True:
-        rows = await pool.fetch(query("claim_due"), CLAIM_ROWS, LEASE, owner, CLAIM_BYTES)
+        rows = await pool.fetch(query("claim_due"), CLAIM_ROWS, LEASE, owner, CLAIM_BYTES, LONG_AGO, [])
         if not rows:
             await asyncio.sleep(IDLE_S * (1 + random.random()))
             continue
@@ -77,8 +81,6 @@ def _publication(row: asyncpg.Record) -> Publication:
 async def main() -> None:
     """Connect, and run one storing and two redelivering loops."""
     pool = await open_pool(1 + CLAIMERS, jit="off")
-    owner = uuid.uuid4()
-    await pool.fetch(query("join_instances"), owner, "bare")
     intake = IntakeLink(
         URL, queue=REQUESTS, queues=(REQUESTS,), prefetch=1000, name="bare in", on_problem=fail
     )
@@ -90,7 +92,7 @@ async def main() -> None:
             await asyncio.sleep(0.01)
         tasks.create_task(store(intake, pool))
         for _ in range(CLAIMERS):
-            tasks.create_task(redeliver(link, pool, owner))
+            tasks.create_task(redeliver(link, pool))
         print(READY, flush=True)
 
 
