@@ -86,6 +86,7 @@ class Settler:
         on_settled: told what is no longer in hand.
         """
         reasons = [self._review_reason(task) for task in tasks]
+        open_places = set(range(len(tasks)))
         async for wave in self._publisher.publish(tasks, reasons, still_ours):
             late_s = time.monotonic() - claimed_at_s
             confirmed = [(tasks[place], reasons[place]) for place, what in wave if what is Outcome.CONFIRMED]
@@ -97,9 +98,12 @@ class Settler:
             if others:
                 releases = [self._release(*other) for other in others]
                 await self._give_back(releases)
+            open_places.difference_update(place for place, _ in wave)
             on_settled(tasks[place] for place, _ in wave)
             if any(what is Outcome.RETURNED and reason for _, reason, what in others):
                 await self._restore_queues()
+        if open_places:
+            raise AssertionError(f"{len(open_places)} publications were left without an outcome")
 
     async def give_back(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back that were not published: they are due as before."""

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pika.exceptions import AMQPError
+from pika.exceptions import AMQPError, ShortStringTooLong
 
 from retry_scheduler.broker.confirms import ConfirmBatch, ConfirmLedger, Outcome
 from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
@@ -124,10 +124,12 @@ class PublishLink:
         began_s = time.monotonic()
         while True:
             await _done_within(batch, WAVE_S)
+            # Asked before taking: what comes while the caller works on a wave must come out, too.
+            finished = batch.done.is_set()
             wave = batch.take_new()
             if wave:
                 yield wave
-            if batch.done.is_set():
+            if finished:
                 return
             now_s = time.monotonic()
             if now_s - began_s > CONFIRM_TIMEOUT_S and not self._alarm_within(CONFIRM_TIMEOUT_S):
@@ -176,10 +178,14 @@ class PublishLink:
             connection.channel.basic_publish(
                 "", publication.queue, publication.body, RawProperties(publication.properties), mandatory=True
             )
+        except (
+            ValueError,
+            AssertionError,
+            ShortStringTooLong,
+        ):  # it could not be encoded; nothing was written
+            batch.settle(place, Outcome.UNSENDABLE)
         except AMQPError:  # the channel has closed: pika checks that before it writes anything
             batch.settle(place, Outcome.NOT_SENT)
-        except (ValueError, AssertionError):  # it could not be encoded; nothing was written
-            batch.settle(place, Outcome.UNSENDABLE)
         else:
             # The broker counts what it receives: a number is only taken for what was written.
             ledger.sent(batch, place, publication.key)
