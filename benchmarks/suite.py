@@ -62,7 +62,9 @@ def _command_line() -> tuple[Options, list[Scenario], Path]:
     if unknown := set(wanted) - set(names):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     options = Options(given.short, given.rounds, given.horizon_minutes, given.soak_minutes)
-    return options, [s for s in ALL if s.name in wanted], throwaway() if given.short else RESULTS
+    # Only a measurement beside the yardsticks goes into the performance page.
+    for_the_page = (given.all or given.only) and not given.short
+    return options, [s for s in ALL if s.name in wanted], RESULTS if for_the_page else throwaway()
 
 
 if __name__ == "__main__":
