@@ -39,7 +39,7 @@ class Settings(BaseSettings):
         SecretStr("amqp://guest:guest@localhost:5672/"), description="Broker; amqps:// for TLS"
     )
     rabbitmq_prefetch: Annotated[int, Field(ge=1, le=65535)] = Field(
-        10, description="Most requests taken from the broker and not yet stored"
+        10, description="Most requests in hand and not yet stored; all of them must fit the memory"
     )
     retry_queue: QueueName = Field("retry.scheduled", description="Queue that requests come in on")
     manual_review_queue: QueueName = Field(
@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     jitter_ms: Milliseconds = Field(1000, description="Up to this much is added to each delay, at random")
     retry_poll_interval_ms: Annotated[int, Field(ge=1, le=3_600_000)] = Field(
         10000,
-        description="Longest sleep between two searches for due retries; a known due time ends it sooner",
+        description="Longest sleep while nothing is known to be due; what is coming is looked up each second",
     )
     max_publish_failures: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         10, description="Returned or refused publications after which a message goes to manual review"
