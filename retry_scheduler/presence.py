@@ -7,11 +7,10 @@ monotonic seconds. If PostgreSQL stalls, everybody's looks stall too, and nobody
     self:   beating -> fenced (no beat for FENCE_AFTER) -> beating again, under a new id if buried
     others: alive -> still (beat unmoved for STILL_AFTER and STILL_LOOKS looks) -> buried
 
-Burying strikes an instance off the register, on condition that its beat has not moved: so the
+Burying marks an instance as gone in the register, on condition that its beat has not moved: so the
 register itself decides whether it is dead, and its next beat tells it. A lease of somebody who is
-not in the register counts for nothing. FENCE_AFTER is the shorter time: an instance that was frozen
-or cut off stops publishing before its rows are taken over. What it had sent and not settled by
-then may be sent twice.
+marked as gone is void. FENCE_AFTER is the shorter time: an instance that was frozen or cut off stops
+publishing before its rows are taken over. What it had sent and not settled by then may be sent twice.
 """
 
 from collections.abc import Mapping

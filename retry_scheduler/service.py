@@ -214,14 +214,16 @@ class Service:
     async def _run_loops(self, stopping: "asyncio.Task[bool]") -> None:
         """Run consumer and scheduler until told to stop, then give them STOP_WITHIN_S to finish."""
         self._started = True
-        # The consumer stops first: what it stores while stopping may be due before the scheduler ends.
+        # Both stop at once: what the consumer still stores stays pending for whoever runs next.
         loops = asyncio.create_task(self._consume_and_schedule(), name="loops")
         await asyncio.wait((loops, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not loops.done():
             log.info("Service stopping")
             await asyncio.wait((loops,), timeout=STOP_WITHIN_S)
         if not loops.done():
-            log.warning("Stopping without settling everything: a server does not answer; leases will run out")
+            log.warning(
+                "Stopping without settling everything: a server does not answer; the rest will be taken over"
+            )
             loops.cancel()
             await asyncio.gather(loops, return_exceptions=True)
             return

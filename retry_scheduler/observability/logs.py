@@ -5,7 +5,7 @@ into fields, never into the sentence. No payload and no secret is ever handed to
 
 Lines are written together, once for each turn of the event loop, by a thread of their own: a
 reader that stops reading must not stop retries. If it stays away, the oldest waiting lines are
-dropped and counted.
+dropped.
 """
 
 import logging
@@ -63,7 +63,6 @@ class LineWriter:
         self._wake = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
-        self._closing = False
         self._thread = threading.Thread(target=self._work, name="log writer", daemon=True)
         self._thread.start()
 
