@@ -55,7 +55,8 @@ class _Body(msgspec.Struct):
 _decode_body = msgspec.json.Decoder(_Body).decode
 _FIELD_TYPES: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(_Body)}
 _REQUIRED = tuple(field.name for field in msgspec.structs.fields(_Body) if field.required)
-_PAYLOAD_KEY = b'"original_payload"'
+_KEYS = {name: f'"{name}"'.encode() for name in _FIELD_TYPES}
+_PAYLOAD_KEY = _KEYS["original_payload"]
 _NAMED_BY_DECODER = re.compile(r"(?:at `\$\.|required field `)(\w+)")
 
 
@@ -192,7 +193,7 @@ def _checked_body(body: bytes) -> _Body:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         refusal = str(error)
     rest = _without_payload(body)
-    repeated = [name for name in _FIELD_TYPES if rest.count(f'"{name}"'.encode()) > 1]
+    repeated = [name for name, key in _KEYS.items() if rest.count(key) > 1]
     if decoded is not None and not repeated and b"\\u" not in rest:
         return decoded
     if len(rest) <= CAREFUL_MAX_BYTES:

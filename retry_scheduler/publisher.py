@@ -37,9 +37,10 @@ def retry_publication(task: ClaimedRetry) -> Publication:
     """Return the message that goes back to the original queue. Raises ValueError if its payload is gone."""
     if task.payload is None:
         raise ValueError("the payload has been deleted")
+    retry_id = task.retry_id
     headers: dict[str, str | int] = {
         "x-retry-count": task.retry_count + 1,
-        RETRY_ID: task.retry_id,
+        RETRY_ID: retry_id,
         "x-retry-scheduler": "true",
     }
     if task.error_reason is not None:
@@ -50,7 +51,7 @@ def retry_publication(task: ClaimedRetry) -> Publication:
         headers["tracestate"] = task.tracestate
     return Publication(
         task.original_queue,
-        key=task.retry_id,
+        key=retry_id,
         properties=encode_properties(headers, message_id=task.message_id),
         body=task.payload,
     )

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pika
 import structlog
-from pika.exceptions import AMQPError, StreamLostError
+from pika.exceptions import AMQPError, ChannelWrongStateError, StreamLostError
 
 import retry_scheduler.broker.properties  # noqa: F401  enters the raw properties in pika's registry
 from retry_scheduler.broker.wire import WireConnection
@@ -58,6 +58,20 @@ class Connection:
         raw.add_on_connection_blocked_callback(lambda *_: self.on_blocked(True))
         raw.add_on_connection_unblocked_callback(lambda *_: self.on_blocked(False))
         channel.add_on_close_callback(lambda _, reason: self._note_closed(reason))
+
+    def publish(self, queue: str, properties: bytes, body: bytes) -> None:
+        """Send a mandatory message through the default exchange.
+
+        Raises AMQPError if the channel has closed and ValueError if AMQP cannot carry it; in both
+        cases nothing was written.
+        """
+        if not self.channel.is_open:
+            raise ChannelWrongStateError("the channel has closed")
+        self._raw.publish(self.channel.channel_number, queue, properties, body)
+
+    def deliver_to(self, take: Callable[[int, bool, bytes, bytes], None] | None) -> None:
+        """Hand deliveries straight to `take`, see WireConnection.on_delivery; None: all through pika."""
+        self._raw.on_delivery = take
 
     async def call(self, start: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a pika method that answers through `callback=`, and return the answer. Raises Unavailable."""

@@ -14,6 +14,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from pika.exceptions import AMQPError
@@ -125,6 +126,7 @@ class IntakeLink:
         self._wanted = False
         if connection is None or tag is None:
             return
+        connection.deliver_to(None)  # pika gives back what comes for a consumer that is cancelled
         try:
             await connection.call(connection.channel.basic_cancel, tag)
         except Unavailable:
@@ -152,22 +154,20 @@ class IntakeLink:
     async def _consume(self, connection: Connection) -> None:
         await connection.call(connection.channel.basic_qos, prefetch_count=self._prefetch)
         tag = f"retry-scheduler-{id(connection):x}"
+        receive = partial(self._receive, connection)
+
+        def receive_from_pika(_: Any, method: Any, properties: Any, body: bytes) -> None:
+            receive(method.delivery_tag, method.redelivered, properties.raw, body)
+
+        connection.deliver_to(receive)
         await connection.call(
-            connection.channel.basic_consume,
-            self._queue,
-            lambda _, method, properties, body: self._receive(connection, method, properties, body),
-            consumer_tag=tag,
+            connection.channel.basic_consume, self._queue, receive_from_pika, consumer_tag=tag
         )
         self._consumer_tag = tag
 
-    def _receive(self, connection: Connection, method: Any, properties: Any, body: bytes) -> None:
-        self._arrived.append(
-            Delivery(
-                connection,
-                method.delivery_tag,
-                redelivered=method.redelivered,
-                properties=properties.raw,
-                body=body,
-            )
-        )
+    def _receive(
+        self, connection: Connection, tag: int, redelivered: bool, properties: bytes, body: bytes
+    ) -> None:
+        delivery = Delivery(connection, tag, redelivered=redelivered, properties=properties, body=body)
+        self._arrived.append(delivery)
         self._something_arrived.set()

@@ -9,6 +9,7 @@ Field types: https://www.rabbitmq.com/amqp-0-9-1-errata#section_3
 
 import struct
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from pika import spec
@@ -21,6 +22,11 @@ _DELIVERY_MODE = 1 << 12
 _MESSAGE_ID = 1 << 7
 
 _PERSISTENT = b"\x02"
+
+_START = struct.Struct(">H")
+_LENGTH = struct.Struct(">I")
+_TEXT = struct.Struct(">cI")
+_NUMBER = struct.Struct(">cq")
 
 # Bytes that follow each one-letter type tag; the others begin with their own length or are tables.
 _FIXED_WIDTHS = {
@@ -65,18 +71,15 @@ def encode_properties(
     if message_id is not None:
         flags |= _MESSAGE_ID
         after = _short_string(message_id)
-    entries = []
+    entries: list[bytes] = []
     for name, value in headers.items():
-        entries.append(_short_string(name))
         if isinstance(value, str):
             text = value.encode()
-            entries.append(b"S" + struct.pack(">I", len(text)) + text)
+            entries += (_header_name(name), _TEXT.pack(b"S", len(text)), text)
         else:
-            entries.append(b"l" + struct.pack(">q", value))
+            entries += (_header_name(name), _NUMBER.pack(b"l", value))
     table = b"".join(entries)
-    return b"".join(
-        (struct.pack(">H", flags), before, struct.pack(">I", len(table)), table, _PERSISTENT, after)
-    )
+    return b"".join((_START.pack(flags), before, _LENGTH.pack(len(table)), table, _PERSISTENT, after))
 
 
 def text_headers(raw: bytes, names: Collection[str]) -> dict[str, str]:
@@ -140,6 +143,11 @@ def _entries(raw: bytes) -> Any:
             raise ValueError("a field is longer than its table")
         yield key, tag, raw[offset : offset + width]
         offset += width
+
+
+@lru_cache(maxsize=64)  # the names are ours, a dozen of them
+def _header_name(name: str) -> bytes:
+    return _short_string(name)
 
 
 def _short_string(text: str) -> bytes:

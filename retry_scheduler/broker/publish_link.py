@@ -20,11 +20,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pika.exceptions import AMQPError, ShortStringTooLong
+from pika.exceptions import AMQPError
 
 from retry_scheduler.broker.confirms import ConfirmBatch, ConfirmLedger, Outcome
 from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
-from retry_scheduler.broker.properties import RawProperties, text_headers
+from retry_scheduler.broker.properties import text_headers
 from retry_scheduler.broker.topology import connect_with_queues
 from retry_scheduler.errors import Unavailable
 
@@ -175,16 +175,10 @@ class PublishLink:
         publication: Publication,
     ) -> None:
         try:
-            connection.channel.basic_publish(
-                "", publication.queue, publication.body, RawProperties(publication.properties), mandatory=True
-            )
-        except (
-            ValueError,
-            AssertionError,
-            ShortStringTooLong,
-        ):  # it could not be encoded; nothing was written
+            connection.publish(publication.queue, publication.properties, publication.body)
+        except ValueError:  # it could not be encoded; nothing was written
             batch.settle(place, Outcome.UNSENDABLE)
-        except AMQPError:  # the channel has closed: pika checks that before it writes anything
+        except AMQPError:  # the channel has closed; nothing was written
             batch.settle(place, Outcome.NOT_SENT)
         else:
             # The broker counts what it receives: a number is only taken for what was written.

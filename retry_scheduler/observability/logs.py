@@ -66,10 +66,10 @@ class LineWriter:
         self._thread = threading.Thread(target=self._work, name="log writer", daemon=True)
         self._thread.start()
 
-    def write(self, line: bytes) -> None:
-        """Hand over one line, without its end."""
-        self._waiting.append(line)
-        if not self._wake.is_set():
+    def write(self, *lines: bytes) -> None:
+        """Hand over lines, without their ends."""
+        self._waiting.extend(lines)
+        if lines and not self._wake.is_set():
             self._idle.clear()
             self._wake.set()
 
@@ -150,9 +150,7 @@ def info_lines(event: str, entries: Iterable[dict[str, Any]]) -> None:
     if _writer is None or _info_renderer is None:
         return
     timestamp = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    for fields in entries:
-        line = {"event": event, "level": "info", "timestamp": timestamp, **fields}
-        _writer.write(_info_renderer(None, "info", line))
+    _writer.write(*_info_renderer.lines(event, "INFO", timestamp, entries))
 
 
 class _LineLogger:
@@ -175,18 +173,26 @@ class _Renderer:
         self._service = service
 
     def __call__(self, _: Any, __: str, event: MutableMapping[str, Any]) -> bytes:
-        line: dict[str, Any] = {
-            "timestamp": event.pop("timestamp"),
-            "level": event.pop("level").upper(),
-            "message": event.pop("event"),
-            "service": self._service,
-        }
-        for name, value in event.items():
-            line[name] = _bounded(value, _MAX_TRACEBACK if name == "exception" else _MAX_TEXT)
+        timestamp, level, message = event.pop("timestamp"), event.pop("level").upper(), event.pop("event")
+        return self.lines(message, level, timestamp, (event,))[0]
+
+    def lines(
+        self, message: str, level: str, timestamp: str, entries: Iterable[Mapping[str, Any]]
+    ) -> list[bytes]:
+        """Return a line for each of `entries`, the fields of one event."""
+        common = {"timestamp": timestamp, "level": level, "message": message, "service": self._service}
+        start = self._encoded(common)[:-1]
+        lines = []
+        for entry in entries:
+            fields = {name: _bounded(name, value) for name, value in entry.items()}
+            lines.append(start + b"," + self._encoded(fields)[1:] if fields else start + b"}")
+        return lines
+
+    def _encoded(self, fields: dict[str, Any]) -> bytes:
         try:
-            return _harmless(self._encode(line))
+            return _harmless(self._encode(fields))
         except UnicodeEncodeError:  # half an emoji, cut off by somebody's program
-            return _harmless(self._encode({name: _encodable(value) for name, value in line.items()}))
+            return _harmless(self._encode({name: _encodable(value) for name, value in fields.items()}))
 
 
 class _StandardHandler(logging.Handler):
@@ -213,8 +219,11 @@ class _StandardHandler(logging.Handler):
             self.handleError(record)
 
 
-def _bounded(value: Any, most: int) -> Any:
-    return value[:most] + "..." if isinstance(value, str) and len(value) > most else value
+def _bounded(name: str, value: Any) -> Any:
+    if not isinstance(value, str) or len(value) <= _MAX_TEXT:
+        return value
+    most = _MAX_TRACEBACK if name == "exception" else _MAX_TEXT
+    return value[:most] + "..." if len(value) > most else value
 
 
 def _harmless(line: bytes) -> bytes:
