@@ -141,7 +141,8 @@ UNION ALL
 SELECT task.id
   FROM done
   JOIN retry_queue AS task ON task.id = done.id
- WHERE task.claims = done.claims AND task.status = done.status AND task.finished_at IS NOT NULL;
+ WHERE task.claims = done.claims AND task.status = done.status AND task.finished_at IS NOT NULL
+   AND (SELECT count(*) FROM settled) < (SELECT count(*) FROM done);  -- otherwise nothing can be found here
 
 -- name: release
 -- Give attempts back: returned, refused or unknown ones with a new due time, unpublished ones as they were.
