@@ -97,6 +97,11 @@ class Place:
             database=self.name,
         )
 
+    def connections(self) -> int:
+        """Return how many connections to the database are open now."""
+        count = f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{self.name}'"
+        return int(self.postgres.sql(count))
+
     def usage(self, programs: Sequence[Program]) -> Usage:
         """Return what `programs` and the servers have used so far."""
         return Usage.now(

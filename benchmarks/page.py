@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bed import CHECKOUT
-from benchmarks.contestants import Service
+from benchmarks.contestants import Native, Service
 from benchmarks.pictures import lateness, throughput
 from benchmarks.report import RESULTS
 from benchmarks.scenario import Figures
@@ -80,10 +80,10 @@ def _tables(measured: Mapping[str, Figures]) -> dict[str, str]:
             )
     if backlog := measured.get("backlog"):
         tables["backlog"] = _table(
-            ("other pending rows", "rate", "share of the empty table's", "claim p50", "claim p99", "memory"),
+            ("beside", "rate", "share of the empty table's", "claim p50", "claim p99", "memory"),
             (
                 (
-                    f"{each['pending']:,}",
+                    each["beside"],
                     f"{each['rate_per_s']:,.0f}/s",
                     f"{each['share']:.2f}",
                     f"{each['claim_ms']['p50']:.1f} ms",
@@ -104,6 +104,11 @@ def _sizing(measured: Mapping[str, Figures]) -> dict[str, float]:
         sizing["service_per_core"] = 1e6 / ours["program_us"]
         sizing["whole_per_core"] = 1e6 / all_us
         sizing["cpu_us"] = all_us
+        native = burst["contestants"][Native.name]
+        native_us = native["rabbitmq_us"] + native["load_us"]
+        broker_us = ours["rabbitmq_us"] + ours["load_us"]
+        sizing["native_bound_service"] = native_us / (broker_us + ours["postgres_us"])
+        sizing["native_bound_both"] = native_us / broker_us
     if backlog := measured.get("backlog"):
         sizing["bytes_per_row"] = backlog["bytes_per_row"]
         sizing["million_rows_per_gb"] = 1e9 / backlog["bytes_per_row"] / 1e6

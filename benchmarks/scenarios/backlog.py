@@ -1,11 +1,13 @@
-"""backlog: what a million and five million other pending rows cost those that are due.
+"""backlog: what a million and five million other rows cost those that are due.
 
-The rows are due in days, spread at random, each with its 1 KiB body. Same burst as `burst`, in turns
-with an empty table; then the claim statement by itself.
+Pending rows are due in days, spread at random, each with its 1 KiB body; executed ones were due in
+the past days. Same burst as `burst`, in turns with an empty table; then the claim statement by itself.
 """
 
 import time
 import uuid
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import asyncpg
 
@@ -26,9 +28,9 @@ CLAIMS = 200
 FILL = """
 WITH made AS (
     INSERT INTO retry_queue (message_id, original_queue, error_reason, retry_count, max_retries,
-                             next_retry_at, payload_bytes)
+                             next_retry_at, payload_bytes, status, finished_at)
     SELECT gen_random_uuid(), $1, 'timeout while calling the tax office', 0, 3,
-           now() + $3::interval + random() * $4::interval, 1024
+           now() + $3::interval + random() * $4::interval, 1024, $5, CASE WHEN $5 = 'retried' THEN now() END
       FROM generate_series(1, $2::int)
     RETURNING id
 )
@@ -37,78 +39,110 @@ SELECT id, decode(repeat(md5(id::text), 64), 'hex') FROM made
 """
 
 
+@dataclass(frozen=True)
+class Others:
+    """Rows that are in the table besides those that are measured. executed: otherwise pending."""
+
+    rows: int
+    executed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.rows:,} other {'executed' if self.executed else 'pending'} rows"
+
+
+SIZES = (Others(0), Others(1_000_000), Others(5_000_000), Others(5_000_000, executed=True))
+SHORT_SIZES = (Others(0), Others(10_000), Others(50_000), Others(50_000, executed=True))
+
+
 async def _measure(at: Bed, options: Options) -> Figures:
-    sizes = [0, 10_000, 50_000] if options.short else [0, 1_000_000, 5_000_000]
     count = options.scaled(20_000, 2_000)
-    rates: dict[int, list[float]] = {size: [] for size in sizes}
-    memory: dict[int, float] = {}
-    bytes_each = 0.0
-    duplicates = 0
-    places = [at.place(f"pending_{size}") for size in sizes]
-    with places[0] as empty, places[1] as some, places[2] as many:
-        by_size = dict(zip(sizes, (empty, some, many), strict=True))
-        for size, place in by_size.items():
-            began = time.monotonic()
-            bytes_each = await _fill(place, size)
-            say(f"{size:,} pending rows made in {time.monotonic() - began:.0f} s")
-        for turn in range(options.repetitions):
-            for size, place in by_size.items():
-                rate, memory[size], repeated = await _drain(at, place, count)
-                rates[size].append(rate)
-                duplicates += repeated
-                say(f"round {turn + 1}: {rate:,.0f}/s beside {size:,} pending rows")
-        claims = {
-            size: spread(await _claim_ms(place, options.scaled(CLAIMS, 20)))
-            for size, place in by_size.items()
+    with ExitStack() as places:
+        tables = {
+            others: places.enter_context(at.place(f"others_{number}"))
+            for number, others in enumerate(SHORT_SIZES if options.short else SIZES)
         }
-    middle = {size: median(each) for size, each in rates.items()}
+        bytes_each = {others: await _fill(place, others) for others, place in tables.items()}
+        drains: dict[Others, list[Drain]] = {others: [] for others in tables}
+        for turn in range(options.repetitions):
+            for others, place in tables.items():
+                drain = await _drain(at, place, count)
+                drains[others].append(drain)
+                say(f"round {turn + 1}: {drain.rate_per_s:,.0f}/s beside {others}")
+        claims = {
+            others: spread(await _claim_ms(place, options.scaled(CLAIMS, 20)))
+            for others, place in tables.items()
+        }
+    rates = {others: median(drain.rate_per_s for drain in each) for others, each in drains.items()}
     return {
         "requests": count,
         "settings": SETTINGS,
         "sizes": [
             {
-                "pending": size,
-                "rate_per_s": middle[size],
-                "share": middle[size] / middle[0],
-                "claim_ms": claims[size],
-                "resident_mb": memory[size],
+                "beside": str(others),
+                "rows": others.rows,
+                "rate_per_s": rates[others],
+                "share": rates[others] / rates[Others(0)],
+                "claim_ms": claims[others],
+                "resident_mb": max(drain.resident_mb for drain in each),
             }
-            for size in sizes
+            for others, each in drains.items()
         ],
-        "bytes_per_row": bytes_each,
+        "bytes_per_row": max(bytes_each.values()),
         "claim_rows": CLAIM_ROWS,
-        "duplicates": duplicates,
+        "duplicates": sum(drain.duplicates for each in drains.values() for drain in each),
     }
 
 
-async def _fill(place: Place, size: int) -> float:
-    """Make `size` pending rows and return how many bytes each takes, body and indexes included."""
+async def _fill(place: Place, others: Others) -> float:
+    """Make the rows and return how many bytes each takes, body and indexes included."""
+    began = time.monotonic()
     place.migrate()
     connection = await place.connect()
     try:
-        for first in range(0, size, CHUNK):
-            await _insert(connection, min(CHUNK, size - first), due_in="1 day", within="30 days")
+        for first in range(0, others.rows, CHUNK):
+            await _insert(
+                connection,
+                min(CHUNK, others.rows - first),
+                due_in="-30 days" if others.executed else "1 day",
+                within="29 days",
+                status="retried" if others.executed else "pending",
+            )
         # Also does what autovacuum would otherwise do during the measurement.
         await connection.execute("VACUUM (ANALYZE) retry_queue, retry_payload")
         taken: int = await connection.fetchval(
             "SELECT pg_total_relation_size('retry_queue') + pg_total_relation_size('retry_payload')"
         )
-        return taken / size if size else 0.0
     finally:
         await connection.close()
+    say(f"{others} made in {time.monotonic() - began:.0f} s")
+    return taken / others.rows if others.rows else 0.0
 
 
-async def _insert(connection: asyncpg.Connection, rows: int, *, due_in: str, within: str) -> None:
+async def _insert(
+    connection: asyncpg.Connection, rows: int, *, due_in: str, within: str, status: str = "pending"
+) -> None:
     # asyncpg wants a timedelta for an interval parameter; text is cast on the server.
-    await connection.execute(FILL.replace("$3", f"'{due_in}'").replace("$4", f"'{within}'"), ORDERS, rows)
+    statement = FILL
+    for place, text in (("$3", due_in), ("$4", within), ("$5", status)):
+        statement = statement.replace(place, f"'{text}'")
+    await connection.execute(statement, ORDERS, rows)
 
 
-async def _drain(at: Bed, place: Place, count: int) -> tuple[float, float, int]:
+@dataclass(frozen=True)
+class Drain:
+    """One burst beside other rows."""
+
+    rate_per_s: float
+    resident_mb: float
+    duplicates: int
+
+
+async def _drain(at: Bed, place: Place, count: int) -> Drain:
     at.settle()
     service = Service(SETTINGS)
     async with service.running(place) as (program,), load(place.url, *service.entry_queues) as both:
         took_s = await both.run(count, AT_ONCE_DELAYS_MS, service.publication)
-        return count / took_s, resident_mb(program.pid), both.repeated
+        return Drain(count / took_s, resident_mb(program.pid), both.repeated)
 
 
 async def _claim_ms(place: Place, claims: int) -> list[float]:
@@ -136,7 +170,7 @@ async def _claim_ms(place: Place, claims: int) -> list[float]:
 def _rows(figures: Figures) -> list[Row]:
     return [
         Row(
-            f"{each['pending']:,} other pending rows",
+            each["beside"],
             f"{each['share']:.2f} of the empty table's rate",
             f"{each['rate_per_s']:,.0f} retries/s; claim of {figures['claim_rows']} rows"
             f" p99 {each['claim_ms']['p99']:.1f} ms; {each['resident_mb']:.0f} MB",
@@ -145,4 +179,4 @@ def _rows(figures: Figures) -> list[Row]:
     ]
 
 
-SCENARIO = Scenario("backlog", "Draining beside many pending rows", _measure, _rows)
+SCENARIO = Scenario("backlog", "Draining beside many other rows", _measure, _rows)

@@ -30,6 +30,8 @@ async def one_burst(at: Bed, contestant: Contestant, count: int, name: str) -> d
             return {
                 "rate_per_s": count / took_s,
                 "duplicates": both.repeated,
+                # A pool keeps for minutes what it has opened: so many were in use at once.
+                "postgres_connections": place.connections(),
                 "peak_mb": sum(peak_resident_mb(program.pid) for program in programs),
                 **{f"{who}_us": value for who, value in cpu_us.items()},
             }
