@@ -2,11 +2,11 @@
 
 Pending rows are due in days, spread at random, each with its 1 KiB body; executed ones were due in
 the past days. Same burst as `burst`, in turns with an empty table; then the claim statement by itself.
+One large table at a time: several would compete for the machine's memory.
 """
 
 import time
 import uuid
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import asyncpg
@@ -24,6 +24,7 @@ from retry_scheduler.sql import query
 CHUNK = 250_000
 SETTINGS = {**TUNED, **AT_ONCE}
 CLAIMS = 200
+REQUESTS = (20_000, 2_000)
 
 FILL = """
 WITH made AS (
@@ -50,46 +51,58 @@ class Others:
         return f"{self.rows:,} other {'executed' if self.executed else 'pending'} rows"
 
 
-SIZES = (Others(0), Others(1_000_000), Others(5_000_000), Others(5_000_000, executed=True))
-SHORT_SIZES = (Others(0), Others(10_000), Others(50_000), Others(50_000, executed=True))
+SIZES = (Others(1_000_000), Others(5_000_000), Others(5_000_000, executed=True))
+SHORT_SIZES = (Others(10_000), Others(50_000), Others(50_000, executed=True))
+
+
+@dataclass(frozen=True)
+class Drain:
+    """One burst beside other rows."""
+
+    rate_per_s: float
+    resident_mb: float
+    duplicates: int
 
 
 async def _measure(at: Bed, options: Options) -> Figures:
-    count = options.scaled(20_000, 2_000)
-    with ExitStack() as places:
-        tables = {
-            others: places.enter_context(at.place(f"others_{number}"))
-            for number, others in enumerate(SHORT_SIZES if options.short else SIZES)
-        }
-        bytes_each = {others: await _fill(place, others) for others, place in tables.items()}
-        drains: dict[Others, list[Drain]] = {others: [] for others in tables}
-        for turn in range(options.repetitions):
-            for others, place in tables.items():
-                drain = await _drain(at, place, count)
-                drains[others].append(drain)
-                say(f"round {turn + 1}: {drain.rate_per_s:,.0f}/s beside {others}")
-        claims = {
-            others: spread(await _claim_ms(place, options.scaled(CLAIMS, 20)))
-            for others, place in tables.items()
-        }
-    rates = {others: median(drain.rate_per_s for drain in each) for others, each in drains.items()}
+    sizes = []
+    with at.place("others_none") as empty:
+        await _fill(empty, Others(0))
+        for number, others in enumerate(SHORT_SIZES if options.short else SIZES):
+            with at.place(f"others_{number}") as place:
+                sizes.append(await _beside(at, options, empty, place, others))
     return {
-        "requests": count,
+        "requests": options.scaled(*REQUESTS),
         "settings": SETTINGS,
-        "sizes": [
-            {
-                "beside": str(others),
-                "rows": others.rows,
-                "rate_per_s": rates[others],
-                "share": rates[others] / rates[Others(0)],
-                "claim_ms": claims[others],
-                "resident_mb": max(drain.resident_mb for drain in each),
-            }
-            for others, each in drains.items()
-        ],
-        "bytes_per_row": max(bytes_each.values()),
+        "sizes": sizes,
+        "bytes_per_row": max(each["bytes_per_row"] for each in sizes),
         "claim_rows": CLAIM_ROWS,
-        "duplicates": sum(drain.duplicates for each in drains.values() for drain in each),
+        "duplicates": sum(each["duplicates"] for each in sizes),
+    }
+
+
+async def _beside(at: Bed, options: Options, empty: Place, place: Place, others: Others) -> Figures:
+    count = options.scaled(*REQUESTS)
+    bytes_per_row = await _fill(place, others)
+    alone, beside = [], []
+    for turn in range(options.repetitions):
+        alone.append(await _drain(at, empty, count))
+        beside.append(await _drain(at, place, count))
+        say(
+            f"round {turn + 1}: {beside[-1].rate_per_s:,.0f}/s beside {others},"
+            f" {alone[-1].rate_per_s:,.0f}/s beside none"
+        )
+    rates = [median(drain.rate_per_s for drain in drains) for drains in (beside, alone)]
+    return {
+        "beside": str(others),
+        "rows": others.rows,
+        "rate_per_s": rates[0],
+        "empty_per_s": rates[1],
+        "share": rates[0] / rates[1],
+        "claim_ms": spread(await _claim_ms(at, place, options.scaled(CLAIMS, 20))),
+        "resident_mb": max(drain.resident_mb for drain in beside),
+        "bytes_per_row": bytes_per_row,
+        "duplicates": sum(drain.duplicates for drain in (*beside, *alone)),
     }
 
 
@@ -128,15 +141,6 @@ async def _insert(
     await connection.execute(statement, ORDERS, rows)
 
 
-@dataclass(frozen=True)
-class Drain:
-    """One burst beside other rows."""
-
-    rate_per_s: float
-    resident_mb: float
-    duplicates: int
-
-
 async def _drain(at: Bed, place: Place, count: int) -> Drain:
     at.settle()
     service = Service(SETTINGS)
@@ -145,12 +149,13 @@ async def _drain(at: Bed, place: Place, count: int) -> Drain:
         return Drain(count / took_s, resident_mb(program.pid), both.repeated)
 
 
-async def _claim_ms(place: Place, claims: int) -> list[float]:
+async def _claim_ms(at: Bed, place: Place, claims: int) -> list[float]:
     """Return how long each claim of a full batch took, without anything else going on."""
     connection = await place.connect()
     took = []
     try:
         await _insert(connection, claims * CLAIM_ROWS, due_in="-1 hour", within="10 minutes")
+        at.settle()
         owner = uuid.uuid4()
         await connection.execute(query("join_instances"), owner, "bench")
         for _ in range(claims):
@@ -172,8 +177,9 @@ def _rows(figures: Figures) -> list[Row]:
         Row(
             each["beside"],
             f"{each['share']:.2f} of the empty table's rate",
-            f"{each['rate_per_s']:,.0f} retries/s; claim of {figures['claim_rows']} rows"
-            f" p99 {each['claim_ms']['p99']:.1f} ms; {each['resident_mb']:.0f} MB",
+            f"{each['rate_per_s']:,.0f} beside {each['empty_per_s']:,.0f} retries/s;"
+            f" claim of {figures['claim_rows']} rows p99 {each['claim_ms']['p99']:.1f} ms;"
+            f" {each['resident_mb']:.0f} MB",
         )
         for each in figures["sizes"]
     ]
