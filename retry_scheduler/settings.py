@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from retry_scheduler.errors import BadSettings
+from retry_scheduler.tls import problem_with_authorities
 
 # Settings that may name a file instead, so that no secret stands in a process's environment.
 SECRETS = ("POSTGRES_PASSWORD", "RABBITMQ_URL")
@@ -118,6 +119,11 @@ class Settings(BaseSettings):
         """RETRY_POLL_INTERVAL_MS as a duration."""
         return timedelta(milliseconds=self.retry_poll_interval_ms)
 
+    @property
+    def uses_tls(self) -> bool:
+        """Whether one of the servers has to show a certificate."""
+        return self.postgres_ssl or self.rabbitmq_url.get_secret_value().startswith("amqps:")
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -168,6 +174,9 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     except ValidationError as error:
         problems += [line for mistake in error.errors() for line in _lines(mistake)]
         raise BadSettings(problems) from None  # the cause would show values, secrets among them
+    authorities = environment.get("SSL_CERT_FILE")
+    if authorities and settings.uses_tls and (problem := problem_with_authorities(authorities)):
+        problems.append(f"SSL_CERT_FILE: {problem}")
     if problems:
         raise BadSettings(problems)
     return settings
