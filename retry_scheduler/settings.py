@@ -156,7 +156,9 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     values: dict[str, Any] = {}
     for name in Settings.model_fields:
         given = environment.get(name.upper())
-        if given:
+        if given and _holds_surrogates(given):
+            problems.append(f"{name.upper()}: is not UTF-8")
+        elif given:
             values[name] = given
     for name in SECRETS:
         path = environment.get(f"{name}_FILE")
@@ -182,6 +184,11 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     return settings
 
 
+def _holds_surrogates(text: str) -> bool:
+    """Whether Python was given bytes that it could not decode: they would fail only where they are used."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _lines(mistake: Any) -> list[str]:
     cause = mistake.get("ctx", {}).get("error")
     if isinstance(cause, _Disagreement):
@@ -194,6 +201,11 @@ def _lines(mistake: Any) -> list[str]:
 def _problem_of_amqp_url(url: str) -> str | None:
     try:
         parts = urlsplit(url)
+        # An @ behind the host: what is taken for the host is a piece of the password, and would be looked
+        # up in the DNS.
+        at_most_one = "@" in parts.netloc
+        if url.count("@") > at_most_one or not url.isascii() or not url.isprintable() or " " in url:
+            return "must be percent-encoded where it is not plain letters and digits: @ is %40, / is %2F"
         port = parts.port
     except ValueError:
         return "is not a URL: its port is not a number from 1 to 65535"
