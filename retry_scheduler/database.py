@@ -15,6 +15,7 @@ from asyncpg.pool import PoolConnectionProxy
 
 from retry_scheduler.errors import DataRefused, StatementRefused, Unavailable
 from retry_scheduler.sql import query
+from retry_scheduler.tls import client_context, describe_tls_problem
 
 SERVER = "PostgreSQL"
 
@@ -178,7 +179,7 @@ class Database:
             "user": address.user,
             "password": address.password,
             # asyncpg's own default, "prefer", would fall back to plain text without a word.
-            "ssl": ssl.create_default_context() if address.tls else False,
+            "ssl": client_context() if address.tls else False,
             "timeout": CONNECT_TIMEOUT_S,
             "server_settings": SESSION,
         }
@@ -222,6 +223,8 @@ def _sorted_errors() -> Iterator[None]:
         raise Unavailable(SERVER, f"connection lost: {_first_line(error)}") from error
     except TimeoutError as error:
         raise Unavailable(SERVER, "no answer in time") from error
+    except ssl.SSLError as error:
+        raise Unavailable(SERVER, describe_tls_problem(error)) from error
     except OSError as error:
         raise Unavailable(SERVER, error.strerror or str(error) or type(error).__name__) from error
 

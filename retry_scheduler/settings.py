@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from retry_scheduler.errors import BadSettings
+from retry_scheduler.tls import problem_with_authorities
 
 # Settings that may name a file instead, so that no secret stands in a process's environment.
 SECRETS = ("POSTGRES_PASSWORD", "RABBITMQ_URL")
@@ -118,6 +119,11 @@ class Settings(BaseSettings):
         """RETRY_POLL_INTERVAL_MS as a duration."""
         return timedelta(milliseconds=self.retry_poll_interval_ms)
 
+    @property
+    def uses_tls(self) -> bool:
+        """Whether one of the servers has to show a certificate."""
+        return self.postgres_ssl or self.rabbitmq_url.get_secret_value().startswith("amqps:")
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -150,7 +156,9 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     values: dict[str, Any] = {}
     for name in Settings.model_fields:
         given = environment.get(name.upper())
-        if given:
+        if given and _holds_surrogates(given):
+            problems.append(f"{name.upper()}: is not UTF-8")
+        elif given:
             values[name] = given
     for name in SECRETS:
         path = environment.get(f"{name}_FILE")
@@ -168,9 +176,17 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     except ValidationError as error:
         problems += [line for mistake in error.errors() for line in _lines(mistake)]
         raise BadSettings(problems) from None  # the cause would show values, secrets among them
+    authorities = environment.get("SSL_CERT_FILE")
+    if authorities and settings.uses_tls and (problem := problem_with_authorities(authorities)):
+        problems.append(f"SSL_CERT_FILE: {problem}")
     if problems:
         raise BadSettings(problems)
     return settings
+
+
+def _holds_surrogates(text: str) -> bool:
+    """Whether Python was given bytes that it could not decode: they would fail only where they are used."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _lines(mistake: Any) -> list[str]:
@@ -185,6 +201,11 @@ def _lines(mistake: Any) -> list[str]:
 def _problem_of_amqp_url(url: str) -> str | None:
     try:
         parts = urlsplit(url)
+        # An @ behind the host: what is taken for the host is a piece of the password, and would be looked
+        # up in the DNS.
+        at_most_one = "@" in parts.netloc
+        if url.count("@") > at_most_one or not url.isascii() or not url.isprintable() or " " in url:
+            return "must be percent-encoded where it is not plain letters and digits: @ is %40, / is %2F"
         port = parts.port
     except ValueError:
         return "is not a URL: its port is not a number from 1 to 65535"

@@ -13,11 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 import pika
 import structlog
-from pika.exceptions import AMQPError, ChannelWrongStateError, StreamLostError
+from pika.exceptions import AMQPError, ChannelWrongStateError, IncompatibleProtocolError, StreamLostError
 
 import retry_scheduler.broker.properties  # noqa: F401  enters the raw properties in pika's registry
 from retry_scheduler.broker.wire import WireConnection
 from retry_scheduler.errors import Unavailable
+from retry_scheduler.tls import client_context, describe_tls_problem
 
 log = structlog.get_logger()
 
@@ -190,11 +191,17 @@ def describe(reason: object) -> str:
     inner = getattr(reason, "exception", None)
     if isinstance(inner, BaseException):
         return describe(inner)
+    if isinstance(reason, IncompatibleProtocolError):
+        return (
+            "the server ended the connection before AMQP began; for a TLS port the URL begins with amqps://"
+        )
     code, text = getattr(reason, "reply_code", None), getattr(reason, "reply_text", None)
     if code is not None:
         return f"{code} {text}"
     if isinstance(reason, TimeoutError):
         return "no answer in time"
+    if isinstance(reason, ssl.SSLError):
+        return describe_tls_problem(reason)
     if isinstance(reason, OSError) and reason.strerror:
         return reason.strerror
     first = next(iter(getattr(reason, "args", ())), None)
@@ -242,7 +249,7 @@ def _parameters(url: str, name: str) -> pika.ConnectionParameters:
         credentials=pika.PlainCredentials(
             unquote(parts.username or "guest"), unquote(parts.password or "guest")
         ),
-        ssl_options=pika.SSLOptions(ssl.create_default_context(), host) if tls else None,
+        ssl_options=pika.SSLOptions(client_context(), host) if tls else None,
         heartbeat=HEARTBEAT_S,
         # Being blocked is a state of the broker, not a reason to leave it.
         blocked_connection_timeout=None,
