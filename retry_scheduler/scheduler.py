@@ -16,6 +16,7 @@ from uuid import UUID
 
 import structlog
 
+from retry_scheduler import failpoints
 from retry_scheduler.agenda import HORIZON_S, Agenda
 from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.errors import Unavailable
@@ -106,12 +107,14 @@ class Scheduler:
             loops.create_task(self._wake_everybody_at(stop), name="wake at stop")
             quarantine = loops.create_task(self._deliver_quarantined(stop), name="quarantine")
             await self._deliver_due(stop)
+            failpoints.reach("while_stopping")
             await quarantine
             while self._deliveries:
                 await asyncio.wait(set(self._deliveries))
             search.cancel()
             # Not cancelled: a beat that is under way might enter the register after we have left it.
             settled.set()
+        failpoints.reach("before_leaving")
         with suppress(Unavailable):  # otherwise the others will see the beat stand still
             await self._repository.leave_instances(self._presence.id)
 
@@ -142,6 +145,7 @@ class Scheduler:
         """Show that this instance is alive, and learn what is coming. Raises Unavailable."""
         sent_at_s = time.monotonic()
         presence = self._presence
+        failpoints.reach("before_beat")
         sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor)
         if sighting is None:  # just started, or buried by another instance
             presence.renew()
@@ -160,6 +164,7 @@ class Scheduler:
         presence.observe(sighting.beats, time.monotonic())
         still = presence.still(time.monotonic())
         if still:
+            failpoints.reach("before_burial")
             for name in await self._repository.bury_instances(still):
                 log.warning(logs.INSTANCE_BURIED, instance=name)
             self._agenda.expect((0.0,))
@@ -224,6 +229,7 @@ class Scheduler:
             self._changed.set()
 
         try:
+            failpoints.reach("after_claim")
             if still_ours():
                 await self._settler.deliver(tasks, claimed_at_s, still_ours=still_ours, on_settled=put_down)
             else:
@@ -247,6 +253,7 @@ class Scheduler:
                     kept = await self._repository.claim_quarantined(self._lease(limit_rows))
                     if not kept:
                         break
+                    failpoints.reach("after_quarantine_claim")
                     await self._settler.deliver_quarantined(kept, still_ours=still_ours)
             except Unavailable as problem:  # a later beat will see that something waits
                 log.error(logs.QUARANTINE_CLAIM_FAILED, error=problem.problem)
