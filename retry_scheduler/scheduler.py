@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from uuid import UUID
 
 import structlog
@@ -211,10 +212,7 @@ class Scheduler:
 
     async def _deliver(self, tasks: list[ClaimedRetry], claimed_at_s: float, owner: UUID) -> None:
         def still_ours() -> bool:
-            """Not frozen, cut off or renamed since: then others may have taken these rows."""
-            now_s = time.monotonic()
-            young = now_s - claimed_at_s < PUBLISH_BEFORE_S
-            return young and owner == self._presence.id and not self._presence.fenced(now_s)
+            return time.monotonic() - claimed_at_s < PUBLISH_BEFORE_S and self._trusts_leases_of(owner)
 
         in_hand = {task.id for task in tasks}
 
@@ -241,20 +239,20 @@ class Scheduler:
             put_down(tasks)
 
     async def _deliver_quarantined(self, stop: asyncio.Event) -> None:
-        def still_ours() -> bool:
-            return not self._presence.fenced(time.monotonic())
-
         while not stop.is_set():
             await self._quarantined.wait()
             self._quarantined.clear()
             try:
-                while self._link.ready and still_ours() and not stop.is_set():
+                while self._link.ready and self._trusts_leases_of(self._presence.id) and not stop.is_set():
                     limit_rows = MAX_QUARANTINED_IN_HAND if self._link.proven else 1
-                    kept = await self._repository.claim_quarantined(self._lease(limit_rows))
+                    lease = self._lease(limit_rows)
+                    kept = await self._repository.claim_quarantined(lease)
                     if not kept:
                         break
                     failpoints.reach("after_quarantine_claim")
-                    await self._settler.deliver_quarantined(kept, still_ours=still_ours)
+                    still_ours = partial(self._trusts_leases_of, lease.owner)
+                    if still_ours():  # otherwise whoever claims next finds them
+                        await self._settler.deliver_quarantined(kept, still_ours=still_ours)
             except Unavailable as problem:  # a later beat will see that something waits
                 log.error(logs.QUARANTINE_CLAIM_FAILED, error=problem.problem)
             except Exception:  # a bug of ours: the next claim takes these rows again, after a pause
@@ -299,6 +297,10 @@ class Scheduler:
         self._agenda.expect((0.0,))
         self._changed.set()
         self._quarantined.set()
+
+    def _trusts_leases_of(self, owner: UUID) -> bool:
+        """Not frozen, cut off or renamed since: then others may have taken its rows."""
+        return owner == self._presence.id and not self._presence.fenced(time.monotonic())
 
     def _lease(self, limit_rows: int) -> Lease:
         return Lease(self._presence.id, LEASE, limit_rows, CLAIM_BYTES, self._floor, frozenset(self._held))

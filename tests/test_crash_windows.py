@@ -82,7 +82,7 @@ WINDOWS = [
     # Nothing is in hand, unless the broker's answers came in two waves.
     Window("after_settle", claim, killed=AT_MOST_TWICE, overtaken=AT_MOST_TWICE),
     Window("before_release", claim_for_a_missing_queue),
-    Window("after_quarantine_claim", receive_malformed, overtaken=TWICE),
+    Window("after_quarantine_claim", receive_malformed),
     Window("after_quarantine_confirm", receive_malformed, killed=TWICE, overtaken=TWICE, broken=TWICE),
     Window("after_quarantine_settle", receive_malformed, killed=AT_MOST_TWICE, overtaken=AT_MOST_TWICE),
     Window("before_beat", beat, fatal=True),
