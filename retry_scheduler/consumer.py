@@ -22,6 +22,7 @@ from datetime import timedelta
 
 import structlog
 
+from retry_scheduler import failpoints
 from retry_scheduler.agenda import Agenda
 from retry_scheduler.backoff import BackoffPolicy, delay_asked_for, delay_before_retry
 from retry_scheduler.broker.intake_link import Delivery, IntakeLink
@@ -110,9 +111,12 @@ class Consumer:
                 )
         if again:
             candidates = await self._not_stored_yet(candidates)
+        failpoints.reach("before_store")
         malformed += await self._store(candidates)
         if malformed:
+            failpoints.reach("before_quarantine")
             await self._quarantine(malformed)
+        failpoints.reach("before_ack")
         self._intake.acknowledge(batch)
 
     async def _persist(self, batch: Sequence[Delivery]) -> None:

@@ -12,10 +12,12 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from uuid import UUID
 
 import structlog
 
+from retry_scheduler import failpoints
 from retry_scheduler.agenda import HORIZON_S, Agenda
 from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.errors import Unavailable
@@ -106,12 +108,14 @@ class Scheduler:
             loops.create_task(self._wake_everybody_at(stop), name="wake at stop")
             quarantine = loops.create_task(self._deliver_quarantined(stop), name="quarantine")
             await self._deliver_due(stop)
+            failpoints.reach("while_stopping")
             await quarantine
             while self._deliveries:
                 await asyncio.wait(set(self._deliveries))
             search.cancel()
             # Not cancelled: a beat that is under way might enter the register after we have left it.
             settled.set()
+        failpoints.reach("before_leaving")
         with suppress(Unavailable):  # otherwise the others will see the beat stand still
             await self._repository.leave_instances(self._presence.id)
 
@@ -142,6 +146,7 @@ class Scheduler:
         """Show that this instance is alive, and learn what is coming. Raises Unavailable."""
         sent_at_s = time.monotonic()
         presence = self._presence
+        failpoints.reach("before_beat")
         sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor)
         if sighting is None:  # just started, or buried by another instance
             presence.renew()
@@ -160,6 +165,7 @@ class Scheduler:
         presence.observe(sighting.beats, time.monotonic())
         still = presence.still(time.monotonic())
         if still:
+            failpoints.reach("before_burial")
             for name in await self._repository.bury_instances(still):
                 log.warning(logs.INSTANCE_BURIED, instance=name)
             self._agenda.expect((0.0,))
@@ -206,10 +212,7 @@ class Scheduler:
 
     async def _deliver(self, tasks: list[ClaimedRetry], claimed_at_s: float, owner: UUID) -> None:
         def still_ours() -> bool:
-            """Not frozen, cut off or renamed since: then others may have taken these rows."""
-            now_s = time.monotonic()
-            young = now_s - claimed_at_s < PUBLISH_BEFORE_S
-            return young and owner == self._presence.id and not self._presence.fenced(now_s)
+            return time.monotonic() - claimed_at_s < PUBLISH_BEFORE_S and self._trusts_leases_of(owner)
 
         in_hand = {task.id for task in tasks}
 
@@ -224,6 +227,7 @@ class Scheduler:
             self._changed.set()
 
         try:
+            failpoints.reach("after_claim")
             if still_ours():
                 await self._settler.deliver(tasks, claimed_at_s, still_ours=still_ours, on_settled=put_down)
             else:
@@ -235,19 +239,20 @@ class Scheduler:
             put_down(tasks)
 
     async def _deliver_quarantined(self, stop: asyncio.Event) -> None:
-        def still_ours() -> bool:
-            return not self._presence.fenced(time.monotonic())
-
         while not stop.is_set():
             await self._quarantined.wait()
             self._quarantined.clear()
             try:
-                while self._link.ready and still_ours() and not stop.is_set():
+                while self._link.ready and self._trusts_leases_of(self._presence.id) and not stop.is_set():
                     limit_rows = MAX_QUARANTINED_IN_HAND if self._link.proven else 1
-                    kept = await self._repository.claim_quarantined(self._lease(limit_rows))
+                    lease = self._lease(limit_rows)
+                    kept = await self._repository.claim_quarantined(lease)
                     if not kept:
                         break
-                    await self._settler.deliver_quarantined(kept, still_ours=still_ours)
+                    failpoints.reach("after_quarantine_claim")
+                    still_ours = partial(self._trusts_leases_of, lease.owner)
+                    if still_ours():  # otherwise whoever claims next finds them
+                        await self._settler.deliver_quarantined(kept, still_ours=still_ours)
             except Unavailable as problem:  # a later beat will see that something waits
                 log.error(logs.QUARANTINE_CLAIM_FAILED, error=problem.problem)
             except Exception:  # a bug of ours: the next claim takes these rows again, after a pause
@@ -292,6 +297,10 @@ class Scheduler:
         self._agenda.expect((0.0,))
         self._changed.set()
         self._quarantined.set()
+
+    def _trusts_leases_of(self, owner: UUID) -> bool:
+        """Not frozen, cut off or renamed since: then others may have taken its rows."""
+        return owner == self._presence.id and not self._presence.fenced(time.monotonic())
 
     def _lease(self, limit_rows: int) -> Lease:
         return Lease(self._presence.id, LEASE, limit_rows, CLAIM_BYTES, self._floor, frozenset(self._held))

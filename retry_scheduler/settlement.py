@@ -24,6 +24,7 @@ from typing import TypeVar
 
 import structlog
 
+from retry_scheduler import failpoints
 from retry_scheduler.agenda import Agenda
 from retry_scheduler.backoff import BackoffPolicy, delay_before_republish
 from retry_scheduler.broker.confirms import Outcome
@@ -87,6 +88,7 @@ class Settler:
         """
         reasons = [self._review_reason(task) for task in tasks]
         open_places = set(range(len(tasks)))
+        failpoints.reach("before_publish")
         async for wave in self._publisher.publish(tasks, reasons, still_ours):
             late_s = time.monotonic() - claimed_at_s
             confirmed = [(tasks[place], reasons[place]) for place, what in wave if what is Outcome.CONFIRMED]
@@ -97,6 +99,7 @@ class Settler:
                 await self._complete(confirmed, late_s)
             if others:
                 releases = [self._release(*other) for other in others]
+                failpoints.reach("before_release")
                 await self._give_back(releases)
             open_places.difference_update(place for place, _ in wave)
             on_settled(tasks[place] for place, _ in wave)
@@ -130,10 +133,12 @@ class Settler:
                 if what is not Outcome.CONFIRMED
             ]
             if delivered:
+                failpoints.reach("after_quarantine_confirm")
                 settlements = [Settlement(item.id, item.claims, "delivered") for item in delivered]
                 await _until_possible(
                     partial(self._repository.complete_quarantined, settlements), logs.SETTLE_FAILED
                 )
+                failpoints.reach("after_quarantine_settle")
                 for item in delivered:
                     log.info(logs.QUARANTINE_DELIVERED, **_fields(item))
             if others:
@@ -146,11 +151,13 @@ class Settler:
     async def _complete(
         self, confirmed: Sequence[tuple[ClaimedRetry, str | None]], since_claim_s: float
     ) -> None:
+        failpoints.reach("after_confirm")
         settlements = [
             Settlement(task.id, task.claims, "retried" if reason is None else "failed", reason)
             for task, reason in confirmed
         ]
         settled = await _until_possible(partial(self._repository.complete, settlements), logs.SETTLE_FAILED)
+        failpoints.reach("after_settle")
         self._report(confirmed, settled, since_claim_s)
 
     async def _give_back(self, releases: Sequence[Release]) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from prometheus_client.parser import text_string_to_metric_families
 
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
+from tests.failing_service import FOLDER_VARIABLE, INJECTED
 from tests.waiting import eventually
 
 PROJECT = Path(__file__).parents[1]
@@ -74,7 +75,10 @@ class ServiceProcess:
     """One instance. It may be started again after it has ended; the log goes on in the same file."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        """folder: for its log. environment: settings; the process sees hardly anything of ours."""
+        """folder: for its log. environment: settings; the process sees hardly anything of ours.
+
+        With a folder of failpoints among them, see `failing_service`, it can be made to fail.
+        """
         self.http_port, self.metrics_port = free_ports(2)
         self._environment = {
             "PATH": os.environ["PATH"],
@@ -85,6 +89,7 @@ class ServiceProcess:
         }
         self._log = folder / f"service-{self.http_port}.log"
         self._errors = folder / f"service-{self.http_port}.err"
+        self._program = "tests.failing_service" if FOLDER_VARIABLE in environment else "retry_scheduler"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -92,7 +97,7 @@ class ServiceProcess:
         assert not self.is_running, "it is running already"
         with self._log.open("ab") as log, self._errors.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "retry_scheduler", "run"],
+                [sys.executable, "-m", self._program, "run"],
                 cwd=PROJECT,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -149,6 +154,14 @@ class ServiceProcess:
     def thaw(self) -> None:
         """Let a frozen process go on."""
         os.kill(self.pid, signal.SIGCONT)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the process stands still since it was stopped."""
+        return (
+            self.is_running
+            and Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        )
 
     def health(self) -> Page:
         """GET /health."""
@@ -228,7 +241,7 @@ def complaints_about_log(service: ServiceProcess, *, secrets: Mapping[str, str])
             event = None
         if not isinstance(event, dict) or not {"timestamp", "level", "message", "service"} <= event.keys():
             yield f"not an event: {line[:200]!r}"
-        elif "exception" in event:
+        elif "exception" in event and INJECTED not in event["exception"]:
             yield f"an exception was logged: {event['message']}: {event['exception'][-2000:]}"
     for name, secret in secrets.items():
         if secret in service.log_text():

@@ -79,6 +79,25 @@ def test_what_could_not_be_published_is_never_tried_again_at_once(
     assert MIN_REPUBLISH_DELAY <= delay <= max(policy.cap + policy.jitter, MIN_REPUBLISH_DELAY)
 
 
+@given(counts, policies, rolls)
+def test_jitter_only_adds_and_in_proportion_to_the_roll(
+    count: int, policy: BackoffPolicy, roll: float
+) -> None:
+    added = delay_before_retry(count, policy, roll) - delay_before_retry(count, policy, 0.0)
+
+    assert added == policy.jitter * roll
+
+
+@given(st.integers(min_value=1, max_value=10**6), policies)
+def test_the_more_publications_fail_the_longer_the_next_one_waits(
+    failures: int, policy: BackoffPolicy
+) -> None:
+    before = delay_before_republish(failures, policy, 0.0)
+
+    assert before <= delay_before_republish(failures + 1, policy, 0.0)
+    assert before == max(delay_before_retry(failures - 1, policy, 0.0), MIN_REPUBLISH_DELAY)
+
+
 def test_the_examples_in_the_documentation_are_right() -> None:
     result = doctest.testmod(backoff)
 

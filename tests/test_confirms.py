@@ -35,20 +35,29 @@ class Ledger(RuleBasedStateMachine):
     def outstanding(self) -> list[Sent]:
         return [one for one in self.sent if one.outcome is None]
 
-    @rule(size=st.integers(min_value=0, max_value=5))
-    def send_batch(self, size: int) -> None:
+    def latest(self, *, outstanding: bool) -> list[Sent]:
+        """The last one sent under each key, if it is outstanding, or if it is not."""
+        latest = {one.key: one for one in self.sent}.values()
+        return [one for one in latest if (one.outcome is None) == outstanding]
+
+    @rule(size=st.integers(min_value=0, max_value=5), data=st.data())
+    def send_batch(self, size: int, data: st.DataObject) -> None:
+        """Of publications that nobody waits for any more, some are sent again under the same key."""
         batch = ConfirmBatch(size)
         self.batches.append(batch)
         self.taken.append([])
         for place in range(size):
-            sent = Sent(batch, place, key=f"{len(self.sent)}:0")
+            free = {one.key for one in self.sent} - {one.key for one in self.sent if one.seen is None}
+            key = data.draw(st.sampled_from([f"{len(self.sent)}:0", *sorted(free)]))
+            sent = Sent(batch, place, key)
             self.ledger.sent(batch, place, sent.key)
             self.sent.append(sent)
 
-    @precondition(lambda self: self.outstanding())
+    @precondition(lambda self: self.latest(outstanding=True))
     @rule(data=st.data())
     def return_one(self, data: st.DataObject) -> None:
-        sent = data.draw(st.sampled_from(self.outstanding()))
+        """Returns come in the order of sending, so never for the earlier one of two under the same key."""
+        sent = data.draw(st.sampled_from(self.latest(outstanding=True)))
         self.ledger.returned(sent.key)
         sent.returned = True
 
@@ -57,10 +66,10 @@ class Ledger(RuleBasedStateMachine):
         self.ledger.returned(key)
         self.unexpected += 1
 
-    @precondition(lambda self: any(one.outcome for one in self.sent))
+    @precondition(lambda self: self.latest(outstanding=False))
     @rule(data=st.data())
     def return_what_is_settled(self, data: st.DataObject) -> None:
-        sent = data.draw(st.sampled_from([one for one in self.sent if one.outcome]))
+        sent = data.draw(st.sampled_from(self.latest(outstanding=False)))
         self.ledger.returned(sent.key)
         self.unexpected += 1
 

@@ -12,6 +12,8 @@ is not answered). Unknown may have been delivered: it is published again later u
 import asyncio
 from enum import Enum
 
+from retry_scheduler import failpoints
+
 
 class Outcome(Enum):
     """What became of one publication."""
@@ -88,6 +90,7 @@ class ConfirmLedger:
 
     def answered(self, tag: int, *, multiple: bool, accepted: bool) -> None:
         """Settle `tag`, and all before it if `multiple`. A tag that is not outstanding is only counted."""
+        failpoints.reach("before_confirm")
         if not multiple:
             if tag in self._outstanding:
                 self._settle(tag, accepted)

@@ -1,0 +1,89 @@
+"""The real program, with a listener at its failpoints that kills, freezes, delays or breaks it on demand.
+
+`python -m tests.failing_service run` with FAILPOINTS naming a folder. A point is armed by a file with
+its name, which holds the action. It works once; that the file is gone says that the point was reached.
+So a test may arm points while the program runs, and a program that is started again does not die again.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+from retry_scheduler import failpoints
+from retry_scheduler.cli import main
+from retry_scheduler.failpoints import Point
+
+FOLDER_VARIABLE = "FAILPOINTS"
+
+# What the log of a program that was broken on purpose may hold.
+INJECTED = "broken on purpose by a test"
+
+POINTS: tuple[Point, ...] = get_args(Point)
+
+
+class Injected(Exception):
+    """A bug that nobody has foreseen."""
+
+
+def kill() -> None:
+    """Die at once, as of the kernel's out-of-memory killer."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def freeze() -> None:
+    """Stand still until SIGCONT, as a paused container does."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang() -> None:
+    """Keep the event loop from everything else for longer than leases may be trusted."""
+    time.sleep(3)
+
+
+def fail() -> None:
+    """Meet a bug."""
+    raise Injected(INJECTED)
+
+
+ACTIONS: dict[str, Callable[[], None]] = {"kill": kill, "freeze": freeze, "hang": hang, "fail": fail}
+
+
+class Failpoints:
+    """A folder of armed points. Of programs that share it, the first to come to a point fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the program must be told."""
+        return {FOLDER_VARIABLE: str(self._folder)}
+
+    def arm(self, point: Point, action: str) -> None:
+        """Let `action`, one of ACTIONS, happen when a program next comes to `point`."""
+        assert action in ACTIONS
+        written = self._folder / f".{point}"
+        written.write_text(action)
+        written.rename(self._folder / point)
+
+    def reached(self, point: Point) -> bool:
+        """Whether a program has come to `point` since it was armed."""
+        return not (self._folder / point).exists()
+
+    def act(self, point: Point) -> None:
+        """Do what was asked for at `point`, if anything was."""
+        taken = self._folder / f".{point}.{os.getpid()}"
+        try:
+            (self._folder / point).rename(taken)
+        except FileNotFoundError:
+            return
+        ACTIONS[taken.read_text()]()
+
+
+if __name__ == "__main__":
+    failpoints.listen(Failpoints(Path(os.environ[FOLDER_VARIABLE])).act)
+    sys.exit(main())
