@@ -1,0 +1,344 @@
+"""PostgreSQL in trouble: crashes, locks, deadlocks, full disks, refused logins, settings of strangers.
+
+Each fault is provoked under load, and costs no message, no hot loop, and no more than 5 s after its end.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from time import time
+
+import asyncpg
+import pytest
+
+from retry_scheduler.database import Database, DatabaseAddress
+from retry_scheduler.demo.postgres_programs import unprivileged_account
+from retry_scheduler.demo.private_postgres import PrivatePostgres
+from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S
+from tests.factories import encoded, make_request, new_id
+from tests.service_process import StartService
+from tests.table import Table
+from tests.under_load import (
+    Watch,
+    accounts,
+    copies,
+    first_retry_s,
+    flowing,
+    payload_of,
+    requests,
+)
+from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE, Load, Upstream
+from tests.waiting import eventually
+
+pytest_plugins = ("tests.fixtures",)
+
+Report = Callable[[str, object], None]
+
+
+OURS = "application_name = 'retry-scheduler' AND datname = current_database()"
+
+
+def kill_a_backend(postgres: PrivatePostgres, backend: int) -> None:
+    os.kill(backend, signal.SIGKILL)  # the server ends all sessions and recovers by itself
+
+
+def stop_immediately(postgres: PrivatePostgres, backend: int) -> None:
+    os.kill(postgres.pid, signal.SIGQUIT)  # pg_ctl stop -m immediate
+
+
+@pytest.mark.parametrize("crash", [kill_a_backend, stop_immediately])
+async def test_a_crash_of_postgresql_loses_nothing_that_was_acknowledged(
+    start_service: StartService,
+    upstream: Upstream,
+    table: Table,
+    postgres: PrivatePostgres,
+    record_property: Report,
+    crash: Callable[[PrivatePostgres, int], None],
+) -> None:
+    upstream.declare("orders", RETRY_QUEUE)
+    # The session's own setting must win: without it the crash would take the last acknowledged rows.
+    postgres.sql(f"ALTER ROLE {table.database.user} SET synchronous_commit = off")
+    service = await start_service(RABBITMQ_PREFETCH="100")
+
+    with Load(upstream, requests(), per_second=300) as load:
+        await flowing(service, count=200)
+        watch = Watch(service)
+        crash(postgres, await table.value(f"SELECT pid FROM pg_stat_activity WHERE {OURS} LIMIT 1"))
+        if crash is stop_immediately:
+            await eventually(lambda: not postgres.is_running)
+            postgres.start()
+        await eventually(lambda: table.value("SELECT true"), within=timedelta(seconds=20))
+        back_at = time()
+        recovered_s = await first_retry_s(table, back_at)
+        await flowing(service)
+        watch.assert_calm()
+        messages = await accounts(load, upstream, table, [service])
+    postgres.sql(f"ALTER ROLE {table.database.user} RESET synchronous_commit")
+
+    record_property("first_retry_after_return_s", recovered_s)
+    record_property("duplicates", copies(messages))
+    assert recovered_s <= HEALED_WITHIN_S
+    assert copies(messages) == 0
+
+
+async def test_the_settings_of_our_sessions_win_over_those_of_role_and_database(
+    start_service: StartService, upstream: Upstream, table: Table, postgres: PrivatePostgres
+) -> None:
+    name, role = table.database.name, table.database.user
+    wanted = {
+        "synchronous_commit": "on",
+        "TimeZone": "UTC",
+        "statement_timeout": "5s",
+        "lock_timeout": "2s",
+        "idle_in_transaction_session_timeout": "10s",
+    }
+    unwanted = {"synchronous_commit": "off", "TimeZone": "Europe/Zagreb", "DateStyle": "German"}
+    unwanted |= dict.fromkeys(
+        ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"), "0"
+    )
+    for setting, value in unwanted.items():
+        postgres.sql(f"ALTER ROLE {role} IN DATABASE {name} SET {setting} = '{value}'")
+    where = table.database
+    ours = Database(
+        DatabaseAddress(where.host, where.port, where.name, where.user, where.password, tls=False),
+        pool_min=1,
+        pool_max=1,
+    )
+
+    async with ours.session() as session:
+        found = {setting: await session.fetchval(f"SHOW {setting}") for setting in wanted}
+    service = await start_service(
+        BASE_DELAY_MS="1500", MAX_DELAY_MS="1500", JITTER_MS="0", TZ="Europe/Zagreb"
+    )
+    upstream.declare("orders")
+    upstream.ask(make_request(), make_request(retry_count=3))
+    (retry,) = await upstream.receive("orders", 1)
+    (review,) = await upstream.receive(REVIEW_QUEUE, 1)
+    await eventually(table.settled)
+    delay = await table.value("SELECT next_retry_at - created_at FROM retry_queue WHERE status = 'retried'")
+
+    assert found == wanted
+    assert timedelta(seconds=1.49) < delay < timedelta(seconds=1.6)  # the row's two times are read apart
+    assert retry.headers["x-retry-count"] == 1
+    assert review.review["failed_at"].endswith("+00:00")
+    assert service.metrics().value("retry_lateness_seconds_sum") < 1
+
+
+def refuse_login(postgres: PrivatePostgres, role: str) -> None:
+    postgres.sql(f"ALTER ROLE {role} NOLOGIN")
+
+
+def allow_login(postgres: PrivatePostgres, role: str) -> None:
+    postgres.sql(f"ALTER ROLE {role} LOGIN")
+
+
+def refuse_connections(postgres: PrivatePostgres, role: str) -> None:
+    postgres.sql(f"ALTER ROLE {role} CONNECTION LIMIT 0")
+
+
+def allow_connections(postgres: PrivatePostgres, role: str) -> None:
+    postgres.sql(f"ALTER ROLE {role} CONNECTION LIMIT -1")
+
+
+def refuse_writes(postgres: PrivatePostgres, role: str) -> None:
+    postgres.sql("ALTER SYSTEM SET default_transaction_read_only = on")
+    postgres.sql("SELECT pg_reload_conf()")
+
+
+def allow_writes(postgres: PrivatePostgres, role: str) -> None:
+    postgres.sql("ALTER SYSTEM RESET default_transaction_read_only")
+    postgres.sql("SELECT pg_reload_conf()")
+
+
+@pytest.mark.parametrize(
+    ("breaking", "mending", "terminate", "problem"),
+    [
+        pytest.param(refuse_login, allow_login, True, "SQLSTATE 28000", id="no login"),
+        pytest.param(refuse_connections, allow_connections, True, "SQLSTATE 53300", id="no connection left"),
+        pytest.param(refuse_writes, allow_writes, False, "SQLSTATE 25006", id="read only"),
+    ],
+)
+async def test_what_postgresql_refuses_at_run_time_is_named_and_waited_for_without_a_flood(
+    start_service: StartService,
+    upstream: Upstream,
+    table: Table,
+    postgres: PrivatePostgres,
+    record_property: Report,
+    breaking: Callable[[PrivatePostgres, str], None],
+    mending: Callable[[PrivatePostgres, str], None],
+    terminate: bool,
+    problem: str,
+) -> None:
+    upstream.declare("orders", RETRY_QUEUE)
+    service = await start_service(RABBITMQ_PREFETCH="100")
+    role, name = table.database.user, table.database.name
+
+    with Load(upstream, requests(), per_second=200) as load:
+        await flowing(service)
+        watch = Watch(service)
+        breaking(postgres, role)
+        try:
+            if terminate:
+                postgres.sql(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    f" WHERE application_name = 'retry-scheduler' AND datname = '{name}'"
+                )
+            await eventually(lambda: problem in watch.said(), within=timedelta(seconds=5))
+            await eventually(lambda: watch.lasted_s > 6, within=timedelta(seconds=10))
+            health = service.health()
+            watch.assert_calm()
+        finally:
+            mending(postgres, role)
+        mended_at = time()
+        recovered_s = await first_retry_s(table, mended_at)
+        await flowing(service)
+        messages = await accounts(load, upstream, table, [service])
+
+    record_property("first_retry_after_mending_s", recovered_s)
+    assert health.status == 503
+    assert recovered_s <= HEALED_WITHIN_S
+    assert copies(messages) == 0
+
+
+@asynccontextmanager
+async def table_locked(table: Table) -> AsyncIterator[None]:
+    """Hold the lock that VACUUM FULL, REINDEX or a migration would hold."""
+    stranger = await asyncpg.connect(table.database.dsn)
+    try:
+        async with stranger.transaction():
+            await stranger.execute("LOCK TABLE retry_queue IN ACCESS EXCLUSIVE MODE")
+            yield
+    finally:
+        await stranger.close()
+
+
+@pytest.mark.timeout(90)
+async def test_a_table_locked_for_longer_than_our_patience_delays_everything_and_doubles_nothing(
+    start_service: StartService, upstream: Upstream, table: Table, record_property: Report
+) -> None:
+    upstream.declare("orders", RETRY_QUEUE)
+    services = await asyncio.gather(*(start_service(RABBITMQ_PREFETCH="50") for _ in range(2)))
+
+    with Load(upstream, requests(), per_second=200) as load:
+        for service in services:
+            await flowing(service)
+        watches = [Watch(service) for service in services]
+        async with table_locked(table):
+            await eventually(lambda: watches[0].lasted_s > 10, within=timedelta(seconds=15))
+            healths = [service.health() for service in services]
+        unlocked_at = time()
+        for watch in watches:
+            watch.assert_calm()
+        recovered_s = await first_retry_s(table, unlocked_at)
+        for service in services:
+            await flowing(service)
+        messages = await accounts(load, upstream, table, services)
+
+    record_property("first_retry_after_unlock_s", recovered_s)
+    assert recovered_s <= HEALED_WITHIN_S
+    assert copies(messages) == 0
+    assert max(health.took_s for health in healths) < ANSWERS_WITHIN_S
+    assert await table.value("SELECT count(*) FROM retry_instance WHERE gone_at IS NULL") == 2
+
+
+async def test_deadlocks_with_strangers_cost_nothing(
+    start_service: StartService, upstream: Upstream, table: Table, record_property: Report
+) -> None:
+    """A stranger locks rows of ours in another order than we do, again and again."""
+    upstream.declare("orders", RETRY_QUEUE)
+    service = await start_service(RABBITMQ_PREFETCH="100")
+    deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    lock = "SELECT id FROM retry_queue WHERE id = $1 FOR UPDATE"
+    where = table.database
+    stranger = await asyncpg.connect(
+        host=where.host,
+        port=where.port,
+        database=where.name,
+        user=PrivatePostgres.superuser,
+        # He waits longer than the service, who is therefore the one that the server sacrifices.
+        server_settings={"deadlock_timeout": "30s"},
+    )
+
+    with Load(upstream, requests(), per_second=200) as load:
+        await flowing(service)
+
+        async def deadlocked() -> bool:
+            newest = await stranger.fetch(
+                "SELECT id FROM retry_queue WHERE status = 'pending' ORDER BY id DESC LIMIT 20"
+            )
+            try:
+                async with stranger.transaction():
+                    for row in newest:
+                        await stranger.fetch(lock, row["id"], timeout=5)
+                        await asyncio.sleep(0.02)
+            except (asyncpg.DeadlockDetectedError, TimeoutError):
+                pass
+            return bool(await table.value(deadlocks) > 0)
+
+        await eventually(deadlocked, within=timedelta(seconds=40))
+        await stranger.close()
+        await flowing(service)
+        messages = await accounts(load, upstream, table, [service])
+
+    record_property("deadlocks", await table.value(deadlocks))
+    assert copies(messages) == 0
+
+
+def limit_file_size(postgres: PrivatePostgres, limit: str) -> None:
+    """Let no file of the server grow beyond `limit`, in bytes, or "unlimited"."""
+    account = unprivileged_account()  # whose processes they are, if the tests are run by root
+    for pid in (postgres.pid, *children_of(postgres.pid)):
+        command = ["prlimit", f"--pid={pid}", f"--fsize={limit}:"]
+        subprocess.run(
+            command, check=True, user=account.uid if account else None, group=account.gid if account else None
+        )
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_a_disk_that_is_full_stops_the_intake_and_nothing_else_until_there_is_room(
+    start_service: StartService,
+    upstream: Upstream,
+    table: Table,
+    postgres: PrivatePostgres,
+    record_property: Report,
+) -> None:
+    """The server may not let its files grow: it fails like one on a full disk, and nobody else does."""
+    upstream.declare("orders", RETRY_QUEUE)
+    service = await start_service()
+    big = [(new_id(), 3_000_000) for _ in range(12)]
+    bodies = [
+        make_request(message_id=message_id, original_payload=encoded(payload_of(message_id, size)))
+        for message_id, size in big
+    ]
+    upstream.ask(*bodies[:6])
+    await upstream.filled("orders", 6)
+
+    watch = Watch(service)
+    limit_file_size(postgres, str(16 * 2**20))
+    try:
+        upstream.ask(*bodies[6:])
+        await eventually(lambda: watch.complaints()["Failed to save retry task"] >= 4)
+        await eventually(lambda: watch.lasted_s > 6, within=timedelta(seconds=10))
+        watch.assert_calm()
+        said = watch.said()
+    finally:
+        limit_file_size(postgres, "unlimited")
+    freed_at = time()
+    recovered_s = await first_retry_s(table, freed_at)
+    await upstream.filled("orders", 12)
+    await eventually(table.settled)
+
+    record_property("first_retry_after_freed_s", recovered_s)
+    record_property("said", said.splitlines()[0])
+    assert recovered_s <= HEALED_WITHIN_S
+    assert sorted(message.message_id for message in upstream.take("orders")) == sorted(
+        message_id for message_id, _ in big
+    )

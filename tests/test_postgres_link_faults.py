@@ -1,0 +1,136 @@
+"""The way to PostgreSQL: links that fall silent, answers cut off, sessions terminated, a pool of one.
+
+Each fault is provoked under load, and costs no message, no hot loop, and no more than 5 s after its end.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+
+from tests.contract import ANSWERS_WITHIN_S, MOST_DUPLICATES
+from tests.malformed import MALFORMED
+from tests.proxy import Way, proxies
+from tests.service_process import StartService
+from tests.table import Table
+from tests.under_load import (
+    Watch,
+    accounts,
+    copies,
+    flowing,
+    open_files,
+    ready_again,
+    requests,
+)
+from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE, Load, Upstream
+from tests.waiting import eventually
+
+pytest_plugins = ("tests.fixtures",)
+
+Report = Callable[[str, object], None]
+
+
+OURS = "application_name = 'retry-scheduler' AND datname = current_database()"
+
+
+@pytest.mark.timeout(120)
+async def test_links_that_fall_silent_one_way_or_both_are_given_up_and_others_take_over(
+    start_service: StartService, upstream: Upstream, table: Table, record_property: Report
+) -> None:
+    upstream.declare("orders", RETRY_QUEUE)
+    with (
+        proxies(*[table.database.port] * 3) as links,
+        Load(upstream, requests(), per_second=150) as load,
+    ):
+        cut_off = await asyncio.gather(
+            *(start_service(POSTGRES_PORT=str(link.port), RABBITMQ_PREFETCH="20") for link in links)
+        )
+        healthy = await start_service(RABBITMQ_PREFETCH="20")
+        for service in (*cut_off, healthy):
+            await flowing(service, count=20)
+        files = [open_files(service) for service in cut_off]
+        watches = [Watch(service) for service in cut_off]
+        links[0].hold()
+        links[1].hold(Way.TO_SERVER)
+        links[2].hold(Way.TO_CLIENT)
+        for watch in watches:
+            await eventually(
+                lambda: watch.first_complaint_s("PostgreSQL health check failed"),  # noqa: B023
+                within=timedelta(seconds=10),
+            )
+        await flowing(healthy, count=500)  # and what the others held is among it
+        healths = [service.health() for service in cut_off]
+        await eventually(lambda: watches[0].lasted_s > 15, within=timedelta(seconds=20))
+        for watch in watches:
+            watch.assert_calm()
+        grown = [open_files(service) - before for service, before in zip(cut_off, files, strict=True)]
+        for link in links:
+            link.heal()
+        await ready_again(*cut_off)
+        for service in cut_off:
+            await flowing(service, count=20)
+        messages = await accounts(load, upstream, table, (), most_copies=3 * MOST_DUPLICATES)
+
+    for name, watch in zip(("both", "from_us", "to_us"), watches, strict=True):
+        record_property(f"{name}_found_s", watch.first_complaint_s("PostgreSQL health check failed"))
+    record_property("duplicates", copies(messages))
+    assert {health.status for health in healths} == {503}
+    assert max(health.took_s for health in healths) < ANSWERS_WITHIN_S
+    assert max(grown) < 10, "sockets pile up"
+
+
+@pytest.mark.timeout(120)
+async def test_answers_cut_off_and_sessions_terminated_at_any_moment_cost_nothing_and_double_nothing(
+    start_service: StartService, upstream: Upstream, table: Table, record_property: Report
+) -> None:
+    """Whether a statement was committed is unknown when its answer is lost: repeating it must be harmless."""
+    upstream.declare("orders", RETRY_QUEUE)
+    dice = random.Random()
+    one_of_ours = f"SELECT pid FROM pg_stat_activity WHERE {OURS} ORDER BY random() LIMIT 1"
+    terminate_one = f"SELECT pg_terminate_backend(({one_of_ours}))"
+    with proxies(table.database.port) as (link,), Load(upstream, requests(), per_second=200) as load:
+        service = await start_service(POSTGRES_PORT=str(link.port), RABBITMQ_PREFETCH="100")
+        await flowing(service)
+        watch = Watch(service)
+        for _ in range(25):
+            # The very next byte of an answer, or somewhere in the middle of one, or of a statement.
+            way = dice.choice(list(Way))
+            link.cut_after(dice.choice((0, dice.randrange(1, 3000))), way)
+            await eventually(lambda: link.has_cut)
+            await flowing(service, count=5)
+        for _ in range(25):
+            await table.fetch(terminate_one)
+            await flowing(service, count=5)
+        upstream.ask(MALFORMED[0].body)  # the loop that brings these to people is alive, too
+        await upstream.filled(REVIEW_QUEUE, 1)
+        record_property("faults_in_s", round(watch.lasted_s, 1))
+        messages = await accounts(load, upstream, table, [service])
+
+    assert copies(messages) == 0
+
+
+async def test_a_pool_of_one_connection_on_a_slow_link_starves_nobody(
+    start_service: StartService, upstream: Upstream, table: Table, record_property: Report
+) -> None:
+    upstream.declare("orders", RETRY_QUEUE)
+    with proxies(table.database.port) as (link,), Load(upstream, requests(), per_second=100) as load:
+        service = await start_service(
+            POSTGRES_PORT=str(link.port),
+            POSTGRES_POOL_MAX="1",
+            POSTGRES_POOL_MIN="1",
+            RABBITMQ_PREFETCH="100",
+        )
+        await flowing(service)
+        link.slow_down(latency_s=0.02)
+        watch = Watch(service)
+        await flowing(service, count=500, within=timedelta(seconds=20))
+        pages = [service.ready() for _ in range(10)]
+        service.metrics()
+        messages = await accounts(load, upstream, table, [service])
+
+    record_property("slowest_page_s", round(max(page.took_s for page in pages), 2))
+    assert {page.status for page in pages} == {200}
+    assert watch.complaints().total() == 0
+    assert copies(messages) == 0
