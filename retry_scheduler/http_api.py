@@ -4,8 +4,9 @@
     ready     healthy, consuming, beating, and not about to stop
 
 Every answer comes within two seconds, whatever hangs: each check has a shorter deadline. Whoever
-connects must ask within REQUEST_WITHIN_S, and at most MAX_CONNECTIONS are open: beyond, the one that
-has been idle longest makes room, or if all are being answered the new one is refused.
+connects must ask within REQUEST_WITHIN_S, in REQUEST_MAX_BYTES, and at most MAX_CONNECTIONS are open:
+beyond, the one that has been idle longest makes room, or if all are being answered the new one is
+refused.
 """
 
 import asyncio
@@ -28,6 +29,9 @@ ANSWER_WITHIN_S = 2.0
 
 REQUEST_WITHIN_S = 5.0
 
+# What may come between two answers. No page reads a body, and to read past one takes time from retries.
+REQUEST_MAX_BYTES = 16 * 1024
+
 # Far more than probes and people need. Each costs a file descriptor, of which there may be 1,024.
 MAX_CONNECTIONS = 100
 
@@ -49,6 +53,7 @@ class BoundedProtocol(H11Protocol):
 
     _impatience: asyncio.TimerHandle | None = None
     idle_since_s = 0.0
+    _received_bytes = 0
 
     @property
     def is_idle(self) -> bool:
@@ -67,6 +72,26 @@ class BoundedProtocol(H11Protocol):
             self.connections.discard(leaving)
             leaving.transport.abort()
 
+    def data_received(self, data: bytes) -> None:
+        """Take what has come, unless it is too much or the end has been decided."""
+        if self.transport.is_closing():
+            return
+        self._received_bytes += len(data)
+        if self._received_bytes > REQUEST_MAX_BYTES:
+            self.send_400_response("The request is too large.")
+        else:
+            super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP. The request before it is not answered, unless its answer has begun."""
+        cycle: Any = self.cycle
+        if cycle is not None:
+            cycle.disconnected = True  # otherwise it would try to answer, and its failure would be logged
+        if cycle is not None and cycle.response_started:
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
+
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         self._await_request()
@@ -82,6 +107,7 @@ class BoundedProtocol(H11Protocol):
         # Bytes that arrive do not postpone the end, only an answer does: else one byte a second would do.
         if self._impatience is not None:
             self._impatience.cancel()
+        self._received_bytes = 0
         self.idle_since_s = self.loop.time()
         self._impatience = self.loop.call_later(REQUEST_WITHIN_S, self._end_wait)
 
@@ -123,9 +149,12 @@ def build_app(service: str, checks: Checks, is_ready: Callable[[], str | None]) 
             body["reason"] = reason
         return JSONResponse(body, 200 if body["status"] == "ready" else 503)
 
-    return Starlette(
+    pages = Starlette(
         routes=[Route("/health", health, methods=["GET"]), Route("/ready", ready, methods=["GET"])]
     )
+    # /health/ would lead to whatever host the request names.
+    pages.router.redirect_slashes = False
+    return pages
 
 
 def build_server(app: Starlette) -> HealthServer:
@@ -141,7 +170,7 @@ def build_server(app: Starlette) -> HealthServer:
             server_header=False,
             timeout_keep_alive=int(REQUEST_WITHIN_S),
             timeout_graceful_shutdown=1,
-            h11_max_incomplete_event_size=16 * 1024,
+            h11_max_incomplete_event_size=REQUEST_MAX_BYTES,
         )
     )
 

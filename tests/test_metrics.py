@@ -3,9 +3,12 @@
 import math
 from datetime import timedelta
 
+from prometheus_client import generate_latest
+
+from retry_scheduler.observability.metrics import Metrics
 from tests.contract import METRICS
 from tests.factories import make_request, new_id
-from tests.service_process import StartService
+from tests.service_process import Figures, StartService
 from tests.table import Table
 from tests.upstream import REVIEW_QUEUE, Upstream
 from tests.waiting import eventually
@@ -13,6 +16,7 @@ from tests.waiting import eventually
 pytest_plugins = ("tests.fixtures",)
 
 MOST_QUEUE_LABELS = 200
+INVENTED = 1000
 
 
 async def test_counters_tell_the_truth_about_every_message_that_was_accepted(
@@ -85,24 +89,50 @@ async def test_depth_and_the_oldest_due_retry_show_what_cannot_be_delivered(
     assert math.isclose(service.metrics().value("retry_oldest_due_seconds"), 90, abs_tol=8)
 
 
-async def test_a_stranger_who_invents_queue_names_cannot_make_series_without_end(
+async def test_a_stranger_who_invents_1000_queue_names_cannot_make_series_without_end(
     start_service: StartService, upstream: Upstream, table: Table
 ) -> None:
-    service = await start_service(RABBITMQ_PREFETCH="500")
-    bodies = [make_request(original_queue=f"invented-{number}", max_retries=0) for number in range(300)]
+    service = await start_service(RABBITMQ_PREFETCH="500", MAX_PUBLISH_FAILURES="1")
+    invented = [f"invented-{number}" for number in range(INVENTED)]
 
-    upstream.ask_for_many(bodies)
+    upstream.ask_for_many([make_request(original_queue=queue, max_retries=0) for queue in invented])
+    upstream.ask_for_many([make_request(original_queue=queue) for queue in invented[-100:]])
     await eventually(
-        lambda: service.metrics().value("retries_exhausted_total") == 300, within=timedelta(seconds=10)
+        lambda: service.metrics().value("retries_reviewed_total") == INVENTED + 100,
+        within=timedelta(seconds=20),
     )
 
     metrics = service.metrics()
-    for name in ("retries_scheduled_total", "retries_exhausted_total"):
-        labels = metrics.labels(name, "queue")
-        assert len(labels) == MOST_QUEUE_LABELS + 1
-        assert metrics.value(name, queue="other") == 100
-        assert metrics.value(name) == 300
+    for name, total in (
+        ("retries_scheduled_total", INVENTED + 100),
+        ("retries_exhausted_total", INVENTED),
+        ("retries_executed_total", 100),
+    ):
+        assert len(metrics.labels(name, "queue")) <= MOST_QUEUE_LABELS + 1
+        assert metrics.value(name) == total
+    assert metrics.value("retries_exhausted_total", queue="other") == INVENTED - MOST_QUEUE_LABELS
     await eventually(table.settled)
+
+
+def test_series_are_bounded_whatever_is_counted_and_totals_stay_right() -> None:
+    metrics = Metrics()
+
+    for number in range(INVENTED):
+        queue = f"invented-{number}"
+        metrics.scheduled(queue, count=3)
+        metrics.executed(queue, success=True, count=2)
+        metrics.executed(queue, success=False)
+        metrics.reviewed(queue, "exhausted")
+    metrics.scheduled("other")  # somebody's queue may be called that
+    figures = Figures(generate_latest(metrics.registry).decode())
+
+    assert figures.value("retries_scheduled_total") == 3 * INVENTED + 1
+    assert figures.value("retries_executed_total", status="success") == 2 * INVENTED
+    assert figures.value("retries_executed_total", status="failed") == INVENTED
+    assert figures.value("retries_exhausted_total") == figures.value("retries_reviewed_total") == INVENTED
+    assert figures.value("retries_scheduled_total", queue="other") == 3 * (INVENTED - MOST_QUEUE_LABELS) + 1
+    for name in ("retries_scheduled_total", "retries_executed_total", "retries_exhausted_total"):
+        assert len(figures.labels(name, "queue")) == MOST_QUEUE_LABELS + 1
 
 
 async def test_labels_with_quotes_and_line_ends_do_not_break_the_page(
