@@ -19,6 +19,9 @@ from retry_scheduler.failpoints import Point
 
 FOLDER_VARIABLE = "FAILPOINTS"
 
+# Longer than the 4 s or so after which an instance that does not beat is buried.
+HANGS_FOR_S = 7.0
+
 # What the log of a program that was broken on purpose may hold.
 INJECTED = "broken on purpose by a test"
 
@@ -40,8 +43,8 @@ def freeze() -> None:
 
 
 def hang() -> None:
-    """Keep the event loop from everything else for longer than leases may be trusted."""
-    time.sleep(3)
+    """Keep the event loop from everything else until another instance has taken over."""
+    time.sleep(HANGS_FOR_S)
 
 
 def fail() -> None:

@@ -41,6 +41,7 @@ class RawPublisher:
     def __enter__(self) -> Self:
         url = self._url
         self._socket = socket.create_connection((url.hostname or "", url.port or 5672), timeout=10)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._stream = self._socket.makefile("rb")
         self._socket.sendall(b"AMQP\x00\x00\x09\x01")
         self._expect(CONNECTION_START)

@@ -259,6 +259,32 @@ def test_nothing_in_the_package_listens_at_failpoints() -> None:
     assert listening == []
 
 
+async def test_an_event_loop_that_hangs_is_no_different_from_a_frozen_instance(
+    make_scene: Callable[[], Scene],
+) -> None:
+    async def play(point: Point, copies: frozenset[int]) -> None:
+        scene = make_scene()
+        await scene.run(2)
+        wave = Wave("hanging", [new_id() for _ in range(20)])
+        scene.waves.append(wave)
+        scene.upstream.declare(wave.queue)
+        await claim(scene, wave, point, "hang")
+        await eventually(lambda: scene.failpoints.reached(point))
+        owner = await scene.table.value(
+            "SELECT DISTINCT claimed_by FROM retry_queue WHERE claims = 1 AND status = 'pending'"
+        )
+        await scene.note_hand(wave, str(owner), copies)
+        assert len(wave.in_hand) == len(wave)
+        await scene.done(wave)
+        assert await scene.latest_s(wave) <= LATE_AT_MOST_S
+        await scene.leave()
+        await scene.check()
+
+    async with asyncio.TaskGroup() as plays:
+        plays.create_task(play("after_claim", ONCE))
+        plays.create_task(play("before_publish", TWICE))
+
+
 @pytest.mark.timeout(300)
 async def test_a_crash_at_each_point_loses_nothing_and_sends_again_only_what_was_in_hand(
     make_scene: Callable[[], Scene], record_property: Callable[[str, object], None]

@@ -38,13 +38,13 @@ async def test_stopping_again_and_again_under_load_doubles_nothing_and_loses_not
     record_property: Callable[[str, object], None],
 ) -> None:
     upstream.declare("orders", RETRY_QUEUE)
-    ids = [new_id() for _ in range(6000)]
+    ids = [new_id() for _ in range(8000)]
     asking = asyncio.create_task(
         asyncio.to_thread(upstream.ask_for_many, [make_request(message_id=message_id) for message_id in ids])
     )
     took_s = []
 
-    for moment in (300, 1500, 3000):
+    for moment in (300, 1500, 3000, 4500, 6000):
         service = await start_service(RABBITMQ_PREFETCH="100")
         await upstream.filled("orders", moment, within=timedelta(seconds=30))
         took_s.append(await stop(service))
