@@ -36,6 +36,7 @@ def run() -> int:
     from retry_scheduler.observability.logs import flush_logs, set_up_logs
     from retry_scheduler.service import serve
     from retry_scheduler.settings import load_settings
+    from retry_scheduler.supervision import ServiceManager
 
     settings = load_settings(os.environ)
     set_up_logs(settings.log_level, service=settings.service_name)
@@ -44,7 +45,7 @@ def run() -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
     try:
-        return _run(serve(settings))
+        return _run(serve(settings, ServiceManager.named_by(os.environ)))
     finally:
         flush_logs()
 

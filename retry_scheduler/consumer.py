@@ -32,6 +32,7 @@ from retry_scheduler.messages import RetryRequest, parse_request, storable_text
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.repository import Attempt, Malformed, Repository, Stored
+from retry_scheduler.supervision import STEP_AT_LEAST_EVERY_S, Progress
 
 log = structlog.get_logger()
 
@@ -45,6 +46,8 @@ TRACE_HEADER_MAX_CHARACTERS = 1024
 
 RETRY_COUNT_MAX = 2**31 - 1
 REASON_MAX_BYTES = 1024
+
+LOOP = "intake"
 
 
 class Consumer:
@@ -60,6 +63,7 @@ class Consumer:
         policy: BackoffPolicy,
         own_queues: Collection[str],
         default_max_retries: int,
+        progress: Progress,
         on_malformed: Callable[[], None],
     ) -> None:
         """on_malformed: called when something was quarantined and waits for manual review."""
@@ -70,6 +74,7 @@ class Consumer:
         self._policy = policy
         self._own_queues = frozenset(own_queues)
         self._default_max_retries = default_max_retries
+        self._progress = progress
         self._on_malformed = on_malformed
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -78,7 +83,13 @@ class Consumer:
         try:
             while not stop.is_set():
                 taking = asyncio.ensure_future(self._intake.take())
-                await asyncio.wait((taking, stopping), return_when=asyncio.FIRST_COMPLETED)
+                while not taking.done() and not stopping.done():
+                    self._progress.moved(LOOP)
+                    await asyncio.wait(
+                        (taking, stopping),
+                        timeout=STEP_AT_LEAST_EVERY_S,
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
                 if not taking.done():
                     taking.cancel()
                     await asyncio.gather(taking, return_exceptions=True)
@@ -124,6 +135,7 @@ class Consumer:
         pause_s = FIRST_PAUSE_S
         again = False
         while True:
+            self._progress.moved(LOOP)
             try:
                 return await self.run_once(batch, again=again)
             except Unavailable as problem:
@@ -190,6 +202,7 @@ class Consumer:
         self, candidates: Sequence["_Candidate"]
     ) -> tuple[dict[Attempt, Stored], dict["_Candidate", MalformedRequest]]:
         """Store attempts, and find by halving the ones that PostgreSQL refuses."""
+        self._progress.moved(LOOP)
         requests = [candidate.request for candidate in candidates]
         try:
             return await self._repository.store(requests, [self._delay(request) for request in requests]), {}
@@ -250,6 +263,7 @@ class Consumer:
         self._agenda.expect(entry.due_in_s for entry in stored.values())
 
     async def _quarantine(self, malformed: Sequence[Malformed]) -> None:
+        self._progress.moved(LOOP)
         for field in await self._repository.quarantine(malformed):
             self._metrics.quarantined(field)
         for item in malformed:

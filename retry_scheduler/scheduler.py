@@ -28,6 +28,7 @@ from retry_scheduler.presence import BEAT_EVERY, Presence
 from retry_scheduler.publisher import travels_alone
 from retry_scheduler.repository import LONG_AGO, Lease, Repository
 from retry_scheduler.settlement import Settler
+from retry_scheduler.supervision import STEP_AT_LEAST_EVERY_S, Progress
 
 log = structlog.get_logger()
 
@@ -77,6 +78,7 @@ class Scheduler:
         *,
         name: str,
         poll_interval: timedelta,
+        progress: Progress,
     ) -> None:
         self._repository = repository
         self._link = link
@@ -86,6 +88,7 @@ class Scheduler:
         self._metrics = metrics
         self._name = name
         self._poll_interval_s = poll_interval.total_seconds()
+        self._progress = progress
         self._held: dict[int, int] = {}  # id -> claims
         self._held_bytes = 0
         self._deliveries: set[asyncio.Task[None]] = set()
@@ -151,6 +154,7 @@ class Scheduler:
         if sighting is None:  # just started, or buried by another instance
             presence.renew()
             await self._repository.join_instances(presence.id, self._name)
+            self._progress.moved("beat")
             sent_at_s = time.monotonic()
             sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor)
             if sighting is None:
@@ -174,7 +178,8 @@ class Scheduler:
     async def _deliver_due(self, stop: asyncio.Event) -> None:
         pause_s = FIRST_PAUSE_S
         while not stop.is_set():
-            if not await self._agenda.wait(self._poll_interval_s):
+            self._progress.moved("claim")
+            if not await self._agenda.wait(min(self._poll_interval_s, STEP_AT_LEAST_EVERY_S)):
                 continue
             try:
                 while not stop.is_set():
@@ -206,9 +211,13 @@ class Scheduler:
         return min(room, CLAIM_ROWS) if room >= CLAIM_ROWS else 0
 
     async def _wait_until_claimable(self, stop: asyncio.Event) -> None:
+        self._progress.moved("claim")
         while not stop.is_set() and not self._claimable():
             self._changed.clear()
-            await self._changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STEP_AT_LEAST_EVERY_S):
+                    await self._changed.wait()
+            self._progress.moved("claim")
 
     async def _deliver(self, tasks: list[ClaimedRetry], claimed_at_s: float, owner: UUID) -> None:
         def still_ours() -> bool:
@@ -261,6 +270,7 @@ class Scheduler:
 
     async def _beat_until(self, settled: asyncio.Event) -> None:
         while not settled.is_set():
+            self._progress.moved("beat")
             began_s = time.monotonic()
             try:
                 await self.beat_once()

@@ -2,7 +2,8 @@
 
 start    pages and publishing link first (503 until the servers are there), then PostgreSQL and its
          tables, then the intake; each server is waited for, one warning a try
-running  consumer, scheduler, both broker links, pages; one that dies takes the service down loudly
+running  consumer, scheduler, both broker links, pages, supervision; one that dies takes the service
+         down loudly
 stop     stop taking, store what has arrived, settle what is in hand, close; at most STOP_WITHIN_S
 """
 
@@ -21,6 +22,7 @@ from retry_scheduler.broker.connection import SERVER as RABBITMQ
 from retry_scheduler.broker.intake_link import IntakeLink
 from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.consumer import Consumer
+from retry_scheduler.database import SERVER as POSTGRESQL
 from retry_scheduler.database import Database, DatabaseAddress
 from retry_scheduler.errors import Unavailable
 from retry_scheduler.http_api import build_app, build_server, listen
@@ -35,6 +37,7 @@ from retry_scheduler.scheduler import MAX_OUTSTANDING, Scheduler
 from retry_scheduler.schema import migrate
 from retry_scheduler.settings import Settings
 from retry_scheduler.settlement import Settler
+from retry_scheduler.supervision import Progress, ServiceManager, Supervisor
 
 log = structlog.get_logger()
 
@@ -63,8 +66,11 @@ def database_address(settings: Settings) -> DatabaseAddress:
 class Service:
     """One instance. `run` may be called once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, manager: ServiceManager | None = None) -> None:
+        """manager: whom to tell how the service is; None: nobody."""
         self._settings = settings
+        self._progress = Progress()
+        self._supervisor = Supervisor(manager or ServiceManager(), self._progress, self._status)
         self._metrics = Metrics()
         self._agenda = Agenda()
         self._presence = Presence()
@@ -124,6 +130,7 @@ class Service:
             self._metrics,
             name=self._name,
             poll_interval=settings.poll_interval,
+            progress=self._progress,
         )
         self._consumer = Consumer(
             self._intake,
@@ -133,6 +140,7 @@ class Service:
             policy=policy,
             own_queues=queues,
             default_max_retries=settings.default_max_retries,
+            progress=self._progress,
             on_malformed=self._scheduler.look_at_quarantine,
         )
 
@@ -161,13 +169,14 @@ class Service:
                 )
             )
             serving = self._start_part("pages", pages.serve(sockets=[socket]))
+            supervising = self._start_part("supervision", self._supervisor.run(self._stop))
             log.info("Service starting", instance=self._name, most_duplicates_if_killed=MAX_OUTSTANDING)
             try:
                 await self._work()
             finally:
                 self._stop.set()  # the parts may end now
                 pages.should_exit = True
-                await asyncio.wait((serving,), timeout=2)
+                await asyncio.wait((serving, supervising), timeout=2)
                 live.close()
                 await asyncio.to_thread(metrics_server.shutdown)
                 metrics_server.server_close()
@@ -270,6 +279,18 @@ class Service:
             return "no beat reaches PostgreSQL: nothing may be published"
         return None
 
+    def _status(self) -> str:
+        away = []
+        if not self._started or self._presence.fenced(time.monotonic()):
+            away.append(POSTGRESQL)
+        if not self._link.up or (self._started and not self._intake.up):
+            away.append(RABBITMQ)
+        if away:
+            return f"waiting for {' and '.join(away)}"
+        if self._link.blocked:
+            return "waiting for RabbitMQ: it has a memory or disk alarm and takes no messages"
+        return "healthy"
+
     async def _check_usable(self) -> None:
         reason = self._not_ready_because()
         if reason is not None:
@@ -301,9 +322,9 @@ async def _first_of(work: Awaitable[None], stopping: "asyncio.Task[bool]") -> No
         task.result()
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, manager: ServiceManager) -> None:
     """Run one instance until SIGTERM or SIGINT; the second leaves at once. Errors as in Service.run."""
-    service = Service(settings)
+    service = Service(settings, manager)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_or_leave, service, number)

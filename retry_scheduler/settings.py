@@ -148,7 +148,8 @@ class _Disagreement(ValueError):
 def load_settings(environment: Mapping[str, str]) -> Settings:
     """Return the checked settings.
 
-    environment: normally os.environ. An empty value counts as unset.
+    environment: normally os.environ. An empty value counts as unset, and so does the empty file of a
+    secret that is set itself; of one that is not, it means an empty secret, never the default.
     Raises BadSettings with one line for every wrong setting, each beginning with its name; a
     secret's value never stands in it.
     """
@@ -164,13 +165,15 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
         path = environment.get(f"{name}_FILE")
         if not path:
             continue
-        if environment.get(name):
-            problems.append(f"{name}_FILE: {name} is set as well; set one of the two")
-            continue
         try:
-            values[name.lower()] = Path(path).read_text().rstrip("\r\n")
+            secret = Path(path).read_text().rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"{name}_FILE: cannot read {path}: {getattr(error, 'strerror', None) or error}")
+            continue
+        if secret and environment.get(name):
+            problems.append(f"{name}_FILE: {name} is set as well; set one of the two")
+        elif not environment.get(name):
+            values[name.lower()] = secret
     try:
         settings = Settings(**values)
     except ValidationError as error:

@@ -172,6 +172,21 @@ def test_a_secret_and_its_file_exclude_each_other(name: str, tmp_path: Path) -> 
     assert "hidden" not in problem
 
 
+def test_an_empty_secret_file_leaves_it_to_the_variable_and_never_to_a_default(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("\n")
+    files = {
+        "POSTGRES_PASSWORD_FILE": str(tmp_path / "empty"),
+        "RABBITMQ_URL_FILE": str(tmp_path / "empty"),
+    }
+
+    settings = load_settings({"POSTGRES_PASSWORD": "p", "RABBITMQ_URL": "amqp://host/", **files})
+
+    assert settings.postgres_password == SecretStr("p")
+    assert settings.rabbitmq_url.get_secret_value() == "amqp://host/"
+    (problem,) = problems_of(**files)
+    assert problem.startswith("RABBITMQ_URL: ")
+
+
 def test_a_secret_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
 
