@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Awaitable, Coroutine
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -38,6 +38,9 @@ from retry_scheduler.schema import migrate
 from retry_scheduler.settings import Settings
 from retry_scheduler.settlement import Settler
 from retry_scheduler.supervision import Progress, ServiceManager, Supervisor
+
+if TYPE_CHECKING:  # loading it would load OpenTelemetry
+    from retry_scheduler.observability.tracing import Tracing
 
 log = structlog.get_logger()
 
@@ -66,11 +69,18 @@ def database_address(settings: Settings) -> DatabaseAddress:
 class Service:
     """One instance. `run` may be called once."""
 
-    def __init__(self, settings: Settings, manager: ServiceManager | None = None) -> None:
-        """manager: whom to tell how the service is; None: nobody."""
+    def __init__(
+        self,
+        settings: Settings,
+        manager: ServiceManager | None = None,
+        *,
+        tracing: "Tracing | None" = None,
+    ) -> None:
+        """manager: whom to tell how the service is; None: nobody. tracing: closed by `run` at its end."""
         self._settings = settings
         self._progress = Progress()
         self._supervisor = Supervisor(manager or ServiceManager(), self._progress, self._status)
+        self._tracing = tracing
         self._metrics = Metrics()
         self._agenda = Agenda()
         self._presence = Presence()
@@ -120,6 +130,7 @@ class Service:
             self._metrics,
             policy=policy,
             max_publish_failures=settings.max_publish_failures,
+            tracing=tracing,
         )
         self._scheduler = Scheduler(
             self._repository,
@@ -142,6 +153,7 @@ class Service:
             default_max_retries=settings.default_max_retries,
             progress=self._progress,
             on_malformed=self._scheduler.look_at_quarantine,
+            tracing=tracing,
         )
 
     def request_stop(self) -> None:
@@ -176,7 +188,10 @@ class Service:
             finally:
                 self._stop.set()  # the parts may end now
                 pages.should_exit = True
-                await asyncio.wait((serving, supervising), timeout=2)
+                leaving = [serving, supervising]
+                if self._tracing is not None:
+                    leaving.append(asyncio.create_task(asyncio.to_thread(self._tracing.close)))
+                await asyncio.wait(leaving, timeout=2)
                 live.close()
                 await asyncio.to_thread(metrics_server.shutdown)
                 metrics_server.server_close()
@@ -322,9 +337,9 @@ async def _first_of(work: Awaitable[None], stopping: "asyncio.Task[bool]") -> No
         task.result()
 
 
-async def serve(settings: Settings, manager: ServiceManager) -> None:
+async def serve(settings: Settings, manager: ServiceManager, *, tracing: "Tracing | None" = None) -> None:
     """Run one instance until SIGTERM or SIGINT; the second leaves at once. Errors as in Service.run."""
-    service = Service(settings, manager)
+    service = Service(settings, manager, tracing=tracing)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_or_leave, service, number)
