@@ -35,6 +35,12 @@ class Ledger(RuleBasedStateMachine):
     def outstanding(self) -> list[Sent]:
         return [one for one in self.sent if one.outcome is None]
 
+    def keys_to_use_again(self) -> list[str]:
+        """Keys that nobody waits for; if there are any, those that the broker may still answer."""
+        waited_for = {one.key for one in self.sent if one.seen is None}
+        given_up = {one.key for one in self.outstanding()} - waited_for
+        return sorted(given_up or {one.key for one in self.sent} - waited_for)
+
     def latest(self, *, outstanding: bool) -> list[Sent]:
         """The last one sent under each key, if it is outstanding, or if it is not."""
         latest = {one.key: one for one in self.sent}.values()
@@ -47,8 +53,7 @@ class Ledger(RuleBasedStateMachine):
         self.batches.append(batch)
         self.taken.append([])
         for place in range(size):
-            free = {one.key for one in self.sent} - {one.key for one in self.sent if one.seen is None}
-            key = data.draw(st.sampled_from([f"{len(self.sent)}:0", *sorted(free)]))
+            key = data.draw(st.sampled_from([f"{len(self.sent)}:0", *self.keys_to_use_again()]))
             sent = Sent(batch, place, key)
             self.ledger.sent(batch, place, sent.key)
             self.sent.append(sent)
@@ -150,6 +155,20 @@ def test_the_first_outcome_of_a_publication_counts() -> None:
     batch.settle(0, Outcome.CONFIRMED)
 
     assert batch.outcomes == [Outcome.UNSENDABLE]
+
+
+def test_a_late_answer_to_the_first_of_two_under_a_key_does_not_hide_the_return_of_the_second() -> None:
+    """The first was given up as overdue. Forgetting the key with it would count the second as delivered."""
+    ledger, given_up, again = ConfirmLedger(), ConfirmBatch(1), ConfirmBatch(1)
+    ledger.sent(given_up, 0, "same")
+    given_up.settle_rest(Outcome.OVERDUE)
+    ledger.sent(again, 0, "same")
+
+    ledger.answered(1, multiple=False, accepted=True)
+    ledger.returned("same")
+    ledger.answered(2, multiple=False, accepted=True)
+
+    assert (given_up.outcomes, again.outcomes) == ([Outcome.OVERDUE], [Outcome.RETURNED])
 
 
 def test_a_key_used_again_while_the_first_is_outstanding_marks_the_later_one() -> None:
