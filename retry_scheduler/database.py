@@ -5,10 +5,12 @@ Keeps out of what the statements mean: that is `repository`. No asyncpg exceptio
 
 import asyncio
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -59,7 +61,14 @@ class DatabaseAddress:
 
 
 class _Connection(asyncpg.Connection):
-    """Skips the reset at release, a round trip for each statement: we never change a session's state."""
+    """Skips the reset at release, a round trip for each statement: we never change a session's state.
+
+    opened_at_s: monotonic time.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.opened_at_s = time.monotonic()
 
     def get_reset_query(self) -> str:
         return ""
@@ -77,6 +86,7 @@ class Database:
         self._pool_min = pool_min
         self._pool_max = pool_max
         self._pool: asyncpg.Pool[asyncpg.Record] | None = None
+        self._connections: WeakSet[_Connection] = WeakSet()
         self._probing: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -88,6 +98,7 @@ class Database:
                     min_size=self._pool_min,
                     max_size=self._pool_max,
                     connection_class=_Connection,
+                    init=self._note_connection,
                 )
 
     async def close(self) -> None:
@@ -112,6 +123,19 @@ class Database:
         with _sorted_errors():
             async with self._connection(acquire_s=ACQUIRE_TIMEOUT_S, use_s=CALL_TIMEOUT_S) as connection:
                 return await connection.fetch(query(name), *arguments)
+
+    async def _note_connection(self, connection: Any) -> None:
+        self._connections.add(connection)
+
+    def _cut_opened_before(self, moment_s: float) -> None:
+        """Cut the connections that are as old as one which has fallen silent.
+
+        They go the same way, and a firewall may have forgotten all of them at once: lent one after the
+        other, each would take as long to find out.
+        """
+        for connection in list(self._connections):
+            if connection.opened_at_s < moment_s:
+                connection.terminate()
 
     async def probe(self) -> None:
         """Return if the server takes our writes now and our role may do its work.
@@ -145,11 +169,15 @@ class Database:
         if pool is None:
             raise Unavailable(SERVER, "not connected yet")
         connection = await pool.acquire(timeout=acquire_s)
+        lent_at_s = time.monotonic()
         try:
             async with asyncio.timeout(use_s):
                 yield connection
-        except _MUST_NOT_BE_LENT_AGAIN:
+        except _MUST_NOT_BE_LENT_AGAIN as error:
             connection.terminate()
+            # Only a server that is there ends a slow statement in time.
+            if isinstance(error, TimeoutError) and use_s > STATEMENT_TIMEOUT_S:
+                self._cut_opened_before(lent_at_s)
             raise
         finally:
             await pool.release(connection)

@@ -46,6 +46,7 @@ class Proxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy for port {port}")
         self._connections: set[asyncio.Task[None]] = set()
+        self._forgotten: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._flowing = {way: asyncio.Event() for way in Way}
         self._latency_s = 0.0
@@ -112,6 +113,17 @@ class Proxy:
 
         self._run(hold())
 
+    def forget(self) -> None:
+        """Never again move anything on the connections that there are, as a firewall that has lost its state.
+
+        New ones are passed on. Healing does not bring the forgotten ones back.
+        """
+
+        async def forget() -> None:
+            self._forgotten |= self._connections
+
+        self._run(forget())
+
     def slow_down(self, *, latency_s: float = 0, bytes_per_s: float = 0, slice_bytes: int = 0) -> None:
         """Delay every piece, limit the speed of each direction, or pass so many bytes at a time."""
 
@@ -158,22 +170,25 @@ class Proxy:
             try:
                 await self._flowing[Way.TO_SERVER].wait()
                 await self._loop.sock_connect(server, (LOOPBACK, self._server_port))
+                connection = asyncio.current_task()
                 async with asyncio.TaskGroup() as pumps:
-                    pumps.create_task(self._pump(client, server, Way.TO_SERVER))
-                    pumps.create_task(self._pump(server, client, Way.TO_CLIENT))
+                    pumps.create_task(self._pump(connection, client, server, Way.TO_SERVER))
+                    pumps.create_task(self._pump(connection, server, client, Way.TO_CLIENT))
             except (asyncio.CancelledError, OSError, ExceptionGroup):
                 # Cut here, by one end, or the server is away: both ends learn it as a RST.
                 for end in (client, server):
                     with suppress(OSError):
                         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
-    async def _pump(self, source: socket.socket, target: socket.socket, way: Way) -> None:
+    async def _pump(
+        self, connection: asyncio.Task[None] | None, source: socket.socket, target: socket.socket, way: Way
+    ) -> None:
         while data := await self._loop.sock_recv(source, PIECE_BYTES):
             for start in range(0, len(data), self._slice_bytes):
                 piece = data[start : start + self._slice_bytes]
                 if self._latency_s:
                     await asyncio.sleep(self._latency_s)
-                await self._flowing[way].wait()
+                await self._way_is_free(connection, way)
                 left = self._left_bytes.get(way, len(piece))
                 await self._loop.sock_sendall(target, piece[:left])
                 if len(piece) > left:
@@ -183,8 +198,13 @@ class Proxy:
                     self._left_bytes[way] -= len(piece)
                 if self._bytes_per_s:
                     await asyncio.sleep(len(piece) / self._bytes_per_s)
-        await self._flowing[way].wait()
+        await self._way_is_free(connection, way)
         target.shutdown(socket.SHUT_WR)
+
+    async def _way_is_free(self, connection: asyncio.Task[None] | None, way: Way) -> None:
+        await self._flowing[way].wait()
+        if connection in self._forgotten:
+            await asyncio.Event().wait()  # for ever
 
 
 @contextmanager

@@ -7,10 +7,12 @@ import asyncio
 import random
 from collections.abc import Callable
 from datetime import timedelta
+from time import time
 
 import pytest
 
-from tests.contract import ANSWERS_WITHIN_S, MOST_DUPLICATES
+from retry_scheduler.database import CALL_TIMEOUT_S
+from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S, MOST_DUPLICATES
 from tests.malformed import MALFORMED
 from tests.proxy import Way, proxies
 from tests.service_process import StartService
@@ -19,6 +21,7 @@ from tests.under_load import (
     Watch,
     accounts,
     copies,
+    first_retry_s,
     flowing,
     open_files,
     ready_again,
@@ -106,9 +109,7 @@ async def test_answers_cut_off_and_sessions_terminated_at_any_moment_cost_nothin
         upstream.ask(MALFORMED[0].body)  # the loop that brings these to people is alive, too
         await upstream.filled(REVIEW_QUEUE, 1)
         record_property("faults_in_s", round(watch.lasted_s, 1))
-        messages = await accounts(load, upstream, table, [service])
-
-    assert copies(messages) == 0
+        await accounts(load, upstream, table, [service], exactly_once=True)
 
 
 async def test_a_pool_of_one_connection_on_a_slow_link_starves_nobody(
@@ -128,9 +129,31 @@ async def test_a_pool_of_one_connection_on_a_slow_link_starves_nobody(
         await flowing(service, count=500, within=timedelta(seconds=20))
         pages = [service.ready() for _ in range(10)]
         service.metrics()
-        messages = await accounts(load, upstream, table, [service])
+        await accounts(load, upstream, table, [service], exactly_once=True)
 
     record_property("slowest_page_s", round(max(page.took_s for page in pages), 2))
     assert {page.status for page in pages} == {200}
     assert watch.complaints().total() == 0
-    assert copies(messages) == 0
+
+
+async def test_connections_that_a_firewall_has_forgotten_are_all_given_up_at_the_first_sign(
+    start_service: StartService, upstream: Upstream, table: Table, record_property: Report
+) -> None:
+    """Nobody says that they are dead. Found out one after the other, each would take six seconds."""
+    upstream.declare("orders", RETRY_QUEUE)
+    with proxies(table.database.port) as (link,), Load(upstream, requests(), per_second=200) as load:
+        service = await start_service(
+            POSTGRES_PORT=str(link.port), POSTGRES_POOL_MIN="40", RABBITMQ_PREFETCH="100"
+        )
+        await flowing(service)
+        link.forget()
+        forgotten_at = time()
+        recovered_s = await first_retry_s(table, forgotten_at + 1, within=timedelta(seconds=30))
+        await ready_again(service)
+        watch = Watch(service)
+        await flowing(service, count=1000)
+        await accounts(load, upstream, table, [service], exactly_once=True)
+
+    record_property("first_retry_after_s", recovered_s + 1)
+    assert recovered_s + 1 <= CALL_TIMEOUT_S + HEALED_WITHIN_S
+    assert watch.complaints().total() == 0

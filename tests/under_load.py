@@ -78,6 +78,7 @@ async def accounts(
     *,
     payload_bytes: int = 100,
     most_copies: int | None = None,
+    exactly_once: bool = False,
     within: timedelta = timedelta(seconds=40),
 ) -> list[Message]:
     """End the load, wait until all is settled, and return what has come to the queue `orders`.
@@ -85,6 +86,7 @@ async def accounts(
     Asserts that nothing is lost, that every body is whole, and that each attempt has ended well.
     most_copies: how many duplicates there may be. Without it, every one must be explained by a
     publication which one of `services` itself counts as unknown.
+    exactly_once: no duplicate, and no request taken for one that its upstream has sent again.
     """
     load.finish()
     wanted = set(load.accepted)
@@ -104,14 +106,15 @@ async def accounts(
             sum(service.metrics().value("retry_publications_unknown_total") for service in services)
         )
     assert copies(messages) <= most_copies
+    assert not exactly_once or len(messages) == len(wanted) == len(load.accepted)
     return messages
 
 
-async def first_retry_s(table: Table, since: float) -> float:
+async def first_retry_s(table: Table, since: float, *, within: timedelta = timedelta(seconds=10)) -> float:
     """Return how many seconds after the Unix time `since` the first retry was confirmed and settled."""
     moment = datetime.fromtimestamp(since, UTC)
     settled = "SELECT min(finished_at) FROM retry_queue WHERE status = 'retried' AND finished_at > $1"
-    first = await eventually(lambda: table.value(settled, moment))
+    first = await eventually(lambda: table.value(settled, moment), within=within)
     return round(float((first - moment).total_seconds()), 2)
 
 

@@ -31,10 +31,13 @@ MAX_CONNECTIONS = 20
 # The thread of the one that makes room has to wake up and leave.
 MAKING_ROOM_TAKES_S = 0.5
 
+
 # Prometheus asks in 500 bytes.
 HEAD_MAX_BYTES = 16 * 1024
 
 PATH = "/metrics"
+
+NEXT_TRY_TO_ACCEPT_S = 0.2
 
 
 class MetricsServer(ThreadingMixIn, TCPServer):
@@ -52,6 +55,15 @@ class MetricsServer(ThreadingMixIn, TCPServer):
         # Since when we wait for connections to ask, or to take their answer; oldest first.
         self._waiting_since_s: dict[Any, float] = {}
         super().__init__((host, port), _Handler.factory(registry))
+
+    def get_request(self) -> Any:
+        """Accept a connection. Raises OSError, after a pause."""
+        try:
+            return super().get_request()
+        except OSError:
+            # Without a free file descriptor the caller stays in line, and asking again at once is a hot loop.
+            time.sleep(NEXT_TRY_TO_ACCEPT_S)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a new connection, or refuse it."""
