@@ -4,11 +4,11 @@ UV ?= uv
 COMPILE = $(UV) pip compile pyproject.toml --quiet --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(ARGS)
 
-.PHONY: help demo test check bench bench-docs peers format settings lock clean setup setup-python
+.PHONY: help demo test check chaos chaos-teeth bench bench-docs peers format settings lock clean setup setup-python
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: setup  ## Show the service at work with servers of its own (KEEP=1: until Ctrl-C)
 	@.venv/bin/retry-scheduler demo $(if $(KEEP),--keep)
@@ -21,6 +21,12 @@ check: setup-python  ## Check format, lint, types, layers, dependencies and file
 
 bench: setup  ## Measure speed and lateness (ARGS=--all: beside yardsticks, half an hour; ARGS=--help)
 	@.venv/bin/python -m benchmarks.suite $(ARGS)
+
+chaos: setup  ## Break everything for MINUTES=5 and check what became of every message (SEED= repeats a run)
+	@.venv/bin/python -m chaos --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))
+
+chaos-teeth: setup  ## Run the chaos test against fifteen broken builds: it must catch each
+	@.venv/bin/python -m chaos.teeth $(ARGS)
 
 bench-docs: setup-python  ## Write docs/performance.md and its pictures from benchmarks/results/latest.json
 	@.venv/bin/python -m benchmarks.page

@@ -16,7 +16,7 @@ from tests.upstream import Upstream
 QUICK = {"BASE_DELAY_MS": "20", "MAX_DELAY_MS": "100", "JITTER_MS": "10", "POSTGRES_POOL_MIN": "2"}
 
 # What takes longest comes last: a mistake in the rest is seen without waiting for it.
-LAST_MODULES = ("tests.test_two_instances", "tests.test_crash")
+LAST_MODULES = ("tests.test_two_instances", "tests.test_crash", "tests.test_chaos")
 
 _services = pytest.StashKey[list[ServiceProcess]]()
 

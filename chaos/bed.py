@@ -1,0 +1,98 @@
+"""What a trial runs on: private servers with safe settings, and in them one database and one virtual host.
+
+Both logins have passwords that occur nowhere else, so that they can be searched for afterwards. Neither
+server is tuned.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retry_scheduler.demo.private_postgres import PrivatePostgres
+from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+
+ROLE = "chaos"
+DATABASE_SECRET = "canary-of-the-database"
+BROKER_SECRET = "canary-of-the-broker"
+SECRETS = {"the database's password": DATABASE_SECRET, "the broker's password": BROKER_SECRET}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A database and a virtual host, named alike and empty at first."""
+
+    postgres: PrivatePostgres
+    rabbitmq: PrivateRabbitMQ
+    name: str
+
+    @property
+    def url(self) -> str:
+        """The address of the virtual host, for the programs around the service."""
+        return self.rabbitmq.url(self.name)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The settings with which the service finds both."""
+        return {
+            "POSTGRES_HOST": self.postgres.host,
+            "POSTGRES_PORT": str(self.postgres.port),
+            "POSTGRES_USER": ROLE,
+            "POSTGRES_PASSWORD": DATABASE_SECRET,
+            "POSTGRES_DB": self.name,
+            "RABBITMQ_URL": self.url.replace("guest:guest", f"{ROLE}:{BROKER_SECRET}"),
+        }
+
+    def sql(self, statement: str) -> str:
+        """Run a statement as superuser and return psql's output. Raises PrivateServerError."""
+        return self.postgres.sql(statement, database=self.name)
+
+    def rows(self, query: str) -> list[dict[str, Any]]:
+        """Return the rows of a query. Raises PrivateServerError."""
+        said = self.sql(f"SELECT row_to_json(found) FROM ({query}) AS found")
+        return [json.loads(line) for line in said.splitlines()]
+
+
+@dataclass(frozen=True)
+class Bed:
+    """Two running servers, and a folder that the service's processes may write to."""
+
+    postgres: PrivatePostgres
+    rabbitmq: PrivateRabbitMQ
+    folder: Path
+
+    @contextmanager
+    def place(self, name: str) -> Iterator[Place]:
+        """Create a database and a virtual host, and drop both when the block ends."""
+        self.rabbitmq.add_vhost(name)
+        self.rabbitmq.ctl("set_permissions", "-p", name, ROLE, ".*", ".*", ".*")
+        self.postgres.create_database(name, owner=ROLE)
+        try:
+            yield Place(self.postgres, self.rabbitmq, name)
+        finally:
+            self.postgres.drop_database(name)
+            self.rabbitmq.delete_vhost(name)
+
+
+@contextmanager
+def bed() -> Iterator[Bed]:
+    """Start both servers, and remove every trace of them afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="retry-chaos-"))
+    folder.chmod(0o711)  # PostgreSQL's unprivileged user must reach its own folder inside
+    with ExitStack() as cleaning:
+        cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
+        postgres = PrivatePostgres(folder / "postgres")
+        rabbitmq = PrivateRabbitMQ(folder / "rabbitmq")
+        cleaning.callback(postgres.stop)
+        cleaning.callback(rabbitmq.stop)
+        with ThreadPoolExecutor() as pool:
+            for starting in [pool.submit(postgres.start), pool.submit(rabbitmq.start)]:
+                starting.result()
+        postgres.create_role(ROLE, DATABASE_SECRET)
+        rabbitmq.ctl("add_user", ROLE, BROKER_SECRET)
+        yield Bed(postgres, rabbitmq, folder)

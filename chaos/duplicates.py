@@ -1,0 +1,151 @@
+"""Which deliveries are duplicates, and whether a fault explains each of them. Pure.
+
+A delivery marked as redelivered is the broker's doing. Every other one is a publication of the service.
+A second publication of one x-retry-id needs a reason:
+
+    unknown    the service said that it did not learn what became of it, during a fault of the broker, or
+               while or after it was frozen itself
+    overtaken  another instance had buried it, or it was frozen; and it had published before
+    killed     the process that had published was killed, or ended without settling
+
+Without such a reason a duplicate is a violation, and so is every one while nothing is broken.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from chaos.history import Arrival, Event, History
+
+UNKNOWN = (
+    "Retry outcome unknown - will be sent again under the same x-retry-id",
+    "Retry may have closed the channel - will be sent again alone",
+)
+OVERTAKEN = "Retry settled by another instance"
+# Of malformed input the service does not notice that another instance has settled it.
+MALFORMED_MOVED = "Malformed request moved to manual review"
+BURIED = "An instance has stopped beating - its claimed retries are taken over"
+UNSETTLED = "Stopping without settling everything: a server does not answer; the rest will be taken over"
+
+# A confirm is waited for during 10 s, and its loss is noted, settled and logged after that.
+UNKNOWN_GRACE_S = 15.0
+# From a publication until a consumer has it in its log, while the broker works.
+ARRIVAL_S = 2.0
+# From a publication to its settlement, while everything works.
+SETTLES_S = 2.0
+
+
+class Explanations:
+    """What can be said for the duplicates of one history."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._deaths = list(_deaths(history))
+        self._frozen = list(_frozen(history))
+        self._buried = {
+            (str(event.instance).rpartition(":")[2], event.at)  # an instance is named host:pid
+            for event in history.events
+            if event.message == BURIED
+        }
+
+    def unexplained(self, arrivals: Sequence[Arrival]) -> int:
+        """How many of the arrivals under one x-retry-id are duplicates that nothing explains."""
+        if publications(arrivals) <= 1:
+            return 0
+        return max(publications(arrivals) - 1 - self._reasons(arrivals), 0)
+
+    def killed_near(self, at: float) -> bool:
+        """Whether what was done at `at` may be the doing of a process that died before it could say so."""
+        return any(death.earliest <= at <= death.latest for death in self._deaths)
+
+    def _reasons(self, arrivals: Sequence[Arrival]) -> int:
+        told = self._history.events_by_id.get(arrivals[0].retry_id, ())
+        said = sum(self._accepted(event, arrivals) for event in told)
+        died = sum(
+            any(death.earliest <= arrival.at <= death.latest for arrival in arrivals)
+            for death in self._deaths
+        )
+        return said + died
+
+    def _accepted(self, event: Event, arrivals: Sequence[Arrival]) -> bool:
+        if event.message in UNKNOWN:
+            return self._broker_fault_near(event.at, UNKNOWN_GRACE_S) or any(
+                pid == event.pid and began <= event.at <= ended + UNKNOWN_GRACE_S
+                for pid, began, ended in self._frozen
+            )
+        if event.message in (OVERTAKEN, MALFORMED_MOVED):
+            return any(
+                arrival.at <= since + ARRIVAL_S or self._broker_fault_near(arrival.at, ARRIVAL_S)
+                for since in self._out_of_action(event)
+                for arrival in arrivals
+            )
+        return False
+
+    def _out_of_action(self, event: Event) -> Iterator[float]:
+        """Yield since when the process that says so had been frozen or buried before."""
+        frozen = [(began, ended) for pid, began, ended in self._frozen if pid == event.pid]
+        yield from (began for began, _ in frozen if began <= event.at)
+        for pid, at in self._buried:
+            # A frozen one is buried while it is frozen. Others have stopped publishing well before.
+            was_frozen = any(began <= at <= ended for began, ended in frozen)
+            if pid == str(event.pid) and at <= event.at + SETTLES_S and not was_frozen:
+                yield at - ARRIVAL_S
+
+    def _broker_fault_near(self, at: float, grace_s: float) -> bool:
+        return any(fault.near(at, grace_s) for fault in self._history.faults if fault.target == "broker")
+
+
+def publications(arrivals: Sequence[Arrival]) -> int:
+    """How many publications stand behind the arrivals under one x-retry-id, in their order, at least."""
+    if not arrivals:
+        return 0
+    # One that was marked at its first arrival was lost on its way once, unmarked.
+    return sum(not arrival.redelivered for arrival in arrivals) + arrivals[0].redelivered
+
+
+def most_duplicates(history: History, outstanding: int, instances: int) -> int:
+    """The contract's bound: what may be outstanding, for each instance that was hit by each fault."""
+    hit = sum(1 if fault.target == "instance" else instances for fault in history.faults)
+    hit += sum(event.message == BURIED for event in history.events)
+    return hit * outstanding
+
+
+@dataclass(frozen=True)
+class _Death:
+    """The end of a process that left something unsettled.
+
+    earliest: from when on it may have published or stored something and not settled or said it; while a
+    server is away, nothing is settled. latest: until when a server that was away may have carried out its
+    last wish.
+    """
+
+    earliest: float
+    at: float
+    latest: float
+
+
+def _deaths(history: History) -> Iterator[_Death]:
+    killed = [event.at for event in history.instance_events if event.what == "kill"]
+    gave_up = [event.at for event in history.events if event.message == UNSETTLED]
+    for at in sorted([*killed, *gave_up]):
+        earliest, latest = at - SETTLES_S, at + SETTLES_S
+        for fault in sorted(history.faults, key=lambda fault: fault.began, reverse=True):
+            if fault.target == "instance":
+                continue
+            if fault.near(at, SETTLES_S):
+                latest = max(latest, fault.healed + SETTLES_S)
+            if fault.near(earliest, SETTLES_S):
+                earliest = min(earliest, fault.began - SETTLES_S)
+        for _, began, ended in _frozen(history):
+            if began <= at <= ended + SETTLES_S:
+                earliest = min(earliest, began - SETTLES_S)
+        yield _Death(earliest, at, latest)
+
+
+def _frozen(history: History) -> Iterator[tuple[int, float, float]]:
+    """Yield (pid, began, ended) of each time that a process was frozen."""
+    since: dict[int, float] = {}
+    for event in history.instance_events:
+        if event.what == "freeze":
+            since[event.pid] = event.at
+        elif event.what in ("thaw", "kill") and event.pid in since:
+            yield event.pid, since.pop(event.pid), event.at
