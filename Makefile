@@ -37,7 +37,8 @@ settings: setup-python  ## Write .env.example and docs/settings.md from the sett
 
 lock:  ## Resolve the dependencies anew into requirements/*.lock (ARGS=--upgrade for newer versions)
 	@$(COMPILE) --output-file requirements/runtime.lock
-	@$(COMPILE) --extra demo --group dev --output-file requirements/dev.lock
+	@$(COMPILE) --extra demo --extra tracing --group dev --output-file requirements/dev.lock
+	@$(COMPILE) --extra tracing --output-file requirements/tracing.lock
 	@$(COMPILE) --group peers --output-file requirements/peers.lock
 
 clean:  ## Remove .venv and everything else that can be made again

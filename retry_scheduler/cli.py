@@ -8,13 +8,17 @@ import gc
 import os
 import sys
 from collections.abc import Coroutine
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 import uvloop
 
 from retry_scheduler import __version__
 from retry_scheduler.errors import BadSettings, PortTaken, Unavailable, UnusableSchema
+
+if TYPE_CHECKING:  # heavy, and not needed for --help
+    from retry_scheduler.observability.tracing import Tracing
+    from retry_scheduler.settings import Settings
 
 EX_OK = 0
 EX_USAGE = 64
@@ -39,12 +43,13 @@ def run() -> int:
 
     settings = load_settings(os.environ)
     set_up_logs(settings.log_level, service=settings.service_name)
+    tracing = _start_tracing(settings)
     # Batches make thousands of objects that reference counting frees by itself. With Python's own
     # thresholds, looking for cycles among them took 6 % of the time.
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
     try:
-        return _run(serve(settings))
+        return _run(serve(settings, tracing=tracing))
     finally:
         flush_logs()
 
@@ -76,6 +81,7 @@ def check() -> int:
     from retry_scheduler.settings import load_settings
 
     settings = load_settings(os.environ)
+    _require_tracing(settings)
     print("ok    settings")  # noqa: T201
 
     async def work() -> int:
@@ -127,6 +133,39 @@ def main(arguments: list[str] | None = None) -> int:
         structlog.get_logger().critical("Service failed", exc_info=group)
         flush_logs()
         return EX_SOFTWARE
+
+
+def _require_tracing(settings: "Settings") -> bool:
+    """Return whether a collector is named. Raises BadSettings if the extra that it takes is missing."""
+    if settings.otel_exporter_otlp_endpoint is None:
+        return False
+    try:
+        import retry_scheduler.observability.tracing  # noqa: F401
+    except ImportError as missing:
+        raise BadSettings(
+            (
+                f"OTEL_EXPORTER_OTLP_ENDPOINT: tracing is not installed ({missing.name} is missing): "
+                "pip install 'retry-scheduler[tracing]', or leave it unset",
+            )
+        ) from missing
+    return True
+
+
+def _start_tracing(settings: "Settings") -> "Tracing | None":
+    if not _require_tracing(settings):
+        return None
+    from retry_scheduler.observability.logs import instance_name
+    from retry_scheduler.observability.tracing import start_tracing
+
+    try:
+        return start_tracing(
+            service_name=settings.service_name,
+            instance=instance_name(),
+            retry_queue=settings.retry_queue,
+            manual_review_queue=settings.manual_review_queue,
+        )
+    except ValueError as refusal:
+        raise BadSettings((f"OTEL_*: {refusal}",)) from refusal
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> int:

@@ -16,9 +16,11 @@ What a repeated attempt means (contract, section 2):
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -31,6 +33,9 @@ from retry_scheduler.messages import RetryRequest, parse_request, storable_text
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.repository import Attempt, Malformed, Repository, Stored
+
+if TYPE_CHECKING:  # loading it would load OpenTelemetry
+    from retry_scheduler.observability.tracing import Tracing
 
 log = structlog.get_logger()
 
@@ -60,6 +65,7 @@ class Consumer:
         own_queues: Collection[str],
         default_max_retries: int,
         on_malformed: Callable[[], None],
+        tracing: "Tracing | None" = None,
     ) -> None:
         """on_malformed: called when something was quarantined and waits for manual review."""
         self._intake = intake
@@ -70,6 +76,7 @@ class Consumer:
         self._own_queues = frozenset(own_queues)
         self._default_max_retries = default_max_retries
         self._on_malformed = on_malformed
+        self._tracing = tracing
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then ask for no more and store what had been sent to us before."""
@@ -94,6 +101,7 @@ class Consumer:
 
         again: it was tried before, and part of it may be stored although the answer was lost.
         """
+        began_ns = time.time_ns()
         candidates: list[_Candidate] = []
         malformed: list[Malformed] = []
         for delivery in batch:
@@ -114,6 +122,13 @@ class Consumer:
         if malformed:
             await self._quarantine(malformed)
         self._intake.acknowledge(batch)
+        if self._tracing is not None:
+            self._tracing.stored(
+                (c.request.traceparent for c in candidates if c.request.traceparent),
+                messages=len(batch),
+                quarantined=len(malformed),
+                began_ns=began_ns,
+            )
 
     async def _persist(self, batch: Sequence[Delivery]) -> None:
         """Store one batch, however long PostgreSQL is away: it is in the broker's hands until then."""

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Awaitable, Coroutine
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -35,6 +35,9 @@ from retry_scheduler.scheduler import MAX_OUTSTANDING, Scheduler
 from retry_scheduler.schema import migrate
 from retry_scheduler.settings import Settings
 from retry_scheduler.settlement import Settler
+
+if TYPE_CHECKING:  # loading it would load OpenTelemetry
+    from retry_scheduler.observability.tracing import Tracing
 
 log = structlog.get_logger()
 
@@ -63,8 +66,10 @@ def database_address(settings: Settings) -> DatabaseAddress:
 class Service:
     """One instance. `run` may be called once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, tracing: "Tracing | None" = None) -> None:
+        """tracing: closed by `run` at its end."""
         self._settings = settings
+        self._tracing = tracing
         self._metrics = Metrics()
         self._agenda = Agenda()
         self._presence = Presence()
@@ -114,6 +119,7 @@ class Service:
             self._metrics,
             policy=policy,
             max_publish_failures=settings.max_publish_failures,
+            tracing=tracing,
         )
         self._scheduler = Scheduler(
             self._repository,
@@ -134,6 +140,7 @@ class Service:
             own_queues=queues,
             default_max_retries=settings.default_max_retries,
             on_malformed=self._scheduler.look_at_quarantine,
+            tracing=tracing,
         )
 
     def request_stop(self) -> None:
@@ -167,7 +174,10 @@ class Service:
             finally:
                 self._stop.set()  # the parts may end now
                 pages.should_exit = True
-                await asyncio.wait((serving,), timeout=2)
+                leaving = [serving]
+                if self._tracing is not None:
+                    leaving.append(asyncio.create_task(asyncio.to_thread(self._tracing.close)))
+                await asyncio.wait(leaving, timeout=2)
                 live.close()
                 await asyncio.to_thread(metrics_server.shutdown)
                 metrics_server.server_close()
@@ -301,9 +311,9 @@ async def _first_of(work: Awaitable[None], stopping: "asyncio.Task[bool]") -> No
         task.result()
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, *, tracing: "Tracing | None" = None) -> None:
     """Run one instance until SIGTERM or SIGINT; the second leaves at once. Errors as in Service.run."""
-    service = Service(settings)
+    service = Service(settings, tracing=tracing)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_or_leave, service, number)

@@ -17,6 +17,9 @@ from retry_scheduler.errors import BadSettings
 # Settings that may name a file instead, so that no secret stands in a process's environment.
 SECRETS = ("POSTGRES_PASSWORD", "RABBITMQ_URL")
 
+# A collector's address may hold a key.
+_NEVER_SHOWN = (*SECRETS, "OTEL_EXPORTER_OTLP_ENDPOINT")
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 QueueName = Annotated[str, Field(min_length=1)]
 Milliseconds = Annotated[int, Field(ge=0, le=86_400_000)]
@@ -71,10 +74,43 @@ class Settings(BaseSettings):
         10, description="Returned or refused publications after which a message goes to manual review"
     )
 
+    # What else the OpenTelemetry SDK can be told, it reads from the environment itself.
+    otel_exporter_otlp_endpoint: str | None = Field(
+        None,
+        description="Collector for traces, such as http://jaeger:4318; unset: no tracing (docs/tracing.md)",
+    )
+    otel_traces_sampler: Literal[
+        "always_on",
+        "always_off",
+        "traceidratio",
+        "parentbased_always_on",
+        "parentbased_always_off",
+        "parentbased_traceidratio",
+    ] = Field(
+        "parentbased_always_on",
+        description="Which spans are made; ours have no parent, so parentbased_ changes nothing",
+    )
+    otel_traces_sampler_arg: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="Share of the spans that traceidratio makes, 0 to 1"
+    )
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _accept_lower_case(cls, value: Any) -> Any:
         return value.upper() if isinstance(value, str) else value
+
+    @field_validator("otel_traces_sampler", mode="before")
+    @classmethod
+    def _accept_capitals(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("otel_exporter_otlp_endpoint")
+    @classmethod
+    def _be_an_http_url(cls, value: str | None) -> str | None:
+        problem = _problem_of_http_url(value) if value is not None else None
+        if problem:
+            raise ValueError(problem)
+        return value
 
     @field_validator("retry_queue", "manual_review_queue")
     @classmethod
@@ -178,7 +214,7 @@ def _lines(mistake: Any) -> list[str]:
     if isinstance(cause, _Disagreement):
         return cause.problems
     name = str(mistake["loc"][0]).upper()
-    shown = "" if name in SECRETS else f", got {mistake['input']!r}"
+    shown = "" if name in _NEVER_SHOWN else f", got {mistake['input']!r}"
     return [f"{name}: {cause or mistake['msg']}{shown}"]
 
 
@@ -196,4 +232,17 @@ def _problem_of_amqp_url(url: str) -> str | None:
         return "is not a URL: its port is not a number from 1 to 65535"
     if "/" in unquote(parts.path[1:]) and "/" in parts.path[1:]:
         return "has a / inside its virtual host; write it as %2F"
+    return None
+
+
+def _problem_of_http_url(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return "is not a URL"
+    if parts.scheme not in ("http", "https"):
+        return "must begin with http:// or https://"
+    if not parts.hostname or port == 0:
+        return "names no host, or no port that exists"
     return None

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
@@ -31,8 +31,11 @@ from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
-from retry_scheduler.publisher import ALONE_AFTER, UNPUBLISHABLE_AFTER, Publisher, travels_alone
+from retry_scheduler.publisher import ALONE_AFTER, UNPUBLISHABLE_AFTER, Publisher, Wave, travels_alone
 from retry_scheduler.repository import Release, Repository, Settlement
+
+if TYPE_CHECKING:  # loading it would load OpenTelemetry
+    from retry_scheduler.observability.tracing import Tracing
 
 log = structlog.get_logger()
 
@@ -64,6 +67,7 @@ class Settler:
         *,
         policy: BackoffPolicy,
         max_publish_failures: int,
+        tracing: "Tracing | None" = None,
     ) -> None:
         self._repository = repository
         self._publisher = publisher
@@ -71,6 +75,7 @@ class Settler:
         self._metrics = metrics
         self._policy = policy
         self._max_publish_failures = max_publish_failures
+        self._tracing = tracing
 
     async def deliver(
         self,
@@ -87,8 +92,10 @@ class Settler:
         """
         reasons = [self._review_reason(task) for task in tasks]
         open_places = set(range(len(tasks)))
+        began_ns = time.time_ns()
         async for wave in self._publisher.publish(tasks, reasons, still_ours):
             late_s = time.monotonic() - claimed_at_s
+            ended_ns = time.time_ns()
             confirmed = [(tasks[place], reasons[place]) for place, what in wave if what is Outcome.CONFIRMED]
             others = [
                 (tasks[place], reasons[place], what) for place, what in wave if what is not Outcome.CONFIRMED
@@ -100,6 +107,8 @@ class Settler:
                 await self._give_back(releases)
             open_places.difference_update(place for place, _ in wave)
             on_settled(tasks[place] for place, _ in wave)
+            if self._tracing is not None:
+                self._trace(self._tracing, tasks, reasons, wave, late_s, began_ns, ended_ns)
             if any(what is Outcome.RETURNED and reason for _, reason, what in others):
                 await self._restore_queues()
         if open_places:
@@ -229,6 +238,34 @@ class Settler:
         logs.info_lines(logs.RETRY_EXECUTED, lines)
         for queue, count in executed.items():
             self._metrics.executed(queue, success=True, count=count)
+
+    def _trace(
+        self,
+        tracing: "Tracing",
+        tasks: Sequence[ClaimedRetry],
+        reasons: Sequence[str | None],
+        wave: Wave,
+        since_claim_s: float,
+        began_ns: int,
+        ended_ns: int,
+    ) -> None:
+        for place, outcome in wave:
+            if outcome is Outcome.NOT_SENT:  # nothing has happened
+                continue
+            task = tasks[place]
+            tracing.published(
+                message_id=task.message_id,
+                original_queue=task.original_queue,
+                retry_count=task.retry_count,
+                retry_id=task.retry_id,
+                review_reason=reasons[place],
+                outcome=outcome.value,
+                late_s=task.late_s + since_claim_s,
+                body_bytes=len(task.payload or b""),
+                traceparent=task.traceparent,
+                began_ns=began_ns,
+                ended_ns=ended_ns,
+            )
 
     async def _restore_queues(self) -> None:
         try:

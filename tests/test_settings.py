@@ -65,6 +65,8 @@ def test_values_are_taken_from_the_environment_it_is_given() -> None:
         ("RETRY_POLL_INTERVAL_MS", "0"),
         ("MAX_PUBLISH_FAILURES", "0"),
         ("LOG_LEVEL", "TRACE"),
+        ("OTEL_TRACES_SAMPLER", "sometimes"),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.5"),
         ("RETRY_QUEUE", "é" * 128),
         ("RETRY_QUEUE", "amq.retry"),
         ("RETRY_QUEUE", "two\nlines"),
@@ -104,6 +106,16 @@ def test_a_wrong_broker_address_is_refused_without_being_shown(url: str) -> None
 )
 def test_broker_addresses_of_every_form_are_taken(url: str) -> None:
     assert load_settings({"RABBITMQ_URL": url}).rabbitmq_url.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    "url", ["hidden:4318", "grpc://hidden:4317", "http:///hidden", "http://hidden:port", "http://hidden:0"]
+)
+def test_a_wrong_collector_address_is_refused_without_being_shown(url: str) -> None:
+    (problem,) = problems_of(OTEL_EXPORTER_OTLP_ENDPOINT=url)
+
+    assert problem.startswith("OTEL_EXPORTER_OTLP_ENDPOINT: ")
+    assert "hidden" not in problem
 
 
 def test_all_mistakes_are_named_at_once() -> None:
