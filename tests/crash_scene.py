@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import zip_longest
 
 from retry_scheduler.failpoints import Point
@@ -46,6 +46,11 @@ _DONE = f"""
     SELECT (SELECT count(*) FROM retry_queue WHERE original_queue = $1 AND status = 'retried')
          + (SELECT count(*) FROM retry_quarantine
              WHERE {_OF_WAVE} AND delivered_at IS NOT NULL)
+"""
+
+_SETTLED_AT = f"""
+    SELECT greatest((SELECT max(finished_at) FROM retry_queue WHERE original_queue = $1),
+                    (SELECT max(delivered_at) FROM retry_quarantine WHERE {_OF_WAVE}))
 """
 
 _LATEST_S = f"""
@@ -98,7 +103,7 @@ class Scene:
         await asyncio.gather(*(service.wait_until_ready() for service in self.running))
         while not all(_delivered(service) for service in self.running):
             self.upstream.ask(*(make_request(original_queue="warm") for _ in range(4)))
-            await eventually(self.table.settled, every=OFTEN)
+            await eventually(self.table.settled, within=LONG, every=OFTEN)
         self.ran = self.running
 
     async def victim(self, point: Point) -> ServiceProcess:
@@ -129,6 +134,11 @@ class Scene:
         """Note what has been claimed more than once, and how often that may have been sent."""
         rows = await self.table.fetch(_CLAIMED_AGAIN, wave.queue)
         wave.in_hand, wave.copies = frozenset(row["retry_id"] for row in rows), copies
+
+    async def settled_after_s(self, wave: Wave, moment: datetime) -> float:
+        """How long after `moment`, by the database's clock, the last of the wave's messages was settled."""
+        settled_at: datetime = await self.table.value(_SETTLED_AT, wave.queue)
+        return (settled_at - moment).total_seconds()
 
     async def latest_s(self, wave: Wave) -> float:
         """How late the last of the wave's messages was settled, in seconds after it was due."""
@@ -206,7 +216,7 @@ async def claim_for_a_missing_queue(scene: Scene, wave: Wave, point: Point, acti
     """Have the broker return the whole wave."""
     scene.upstream.delete(wave.queue)
     await claim(scene, wave, point, action)
-    await eventually(lambda: scene.failpoints.reached(point))
+    await eventually(lambda: scene.failpoints.reached(point), within=LONG)
     scene.upstream.declare(wave.queue)
 
 
@@ -247,7 +257,7 @@ def _ask(scene: Scene, wave: Wave, *, retry_after_ms: int) -> None:
 async def _store(scene: Scene, wave: Wave, *, retry_after_ms: int) -> None:
     _ask(scene, wave, retry_after_ms=retry_after_ms)
     stored = "SELECT count(*) FROM retry_queue WHERE original_queue = $1"
-    await eventually(lambda: _equals(scene.table.value(stored, wave.queue), len(wave)))
+    await eventually(lambda: _equals(scene.table.value(stored, wave.queue), len(wave)), within=LONG)
 
 
 async def _equals(value: Awaitable[object], expected: object) -> bool:

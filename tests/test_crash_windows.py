@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 
 import pytest
 
@@ -47,7 +46,7 @@ from tests.waiting import eventually
 pytest_plugins = ("tests.fixtures",)
 
 # Scenes at a time: more, and starting programs would keep the others from beating.
-SIDE_BY_SIDE = 9
+SIDE_BY_SIDE = 7
 EXIT_OF_A_BUG = 70
 
 # A beat that is this old has been fenced, and nobody else is there to bury its owner.
@@ -153,7 +152,9 @@ class Play:
         await victim.wait_until_ready()
         if wave.copies == TWICE:
             attempts = [key for key in wave.in_hand if not key.startswith("quarantine")]
-            await eventually(lambda: victim.metrics().value("retry_stale_completions_total") == len(attempts))
+            await eventually(
+                lambda: victim.metrics().value("retry_stale_completions_total") == len(attempts), within=LONG
+            )
 
     async def killed_beside_another(self) -> None:
         scene = self.scene
@@ -173,7 +174,7 @@ class Play:
         wave = await self.fault("frozen_alone", "freeze")
         victim = await scene.victim(self.window.point)
         owner = await scene.id_of(victim)
-        await eventually(lambda: scene.table.value(LONG_FROZEN, owner), every=OFTEN)
+        await eventually(lambda: scene.table.value(LONG_FROZEN, owner), within=LONG, every=OFTEN)
         victim.thaw()
         if self.window.provoke is stop:
             assert await victim.wait_until_ended() == 0
@@ -188,11 +189,12 @@ class Play:
         await scene.note_hand(wave, await scene.id_of(victim), self.window.killed)
         victim.start()
         await victim.wait_until_ready()
-        began_s = monotonic()
+        ready_at = await scene.table.value("SELECT clock_timestamp()")
         await scene.done(wave)
         if wave.in_hand:
-            self.rescues.note("restarted", monotonic() - began_s)
-            assert monotonic() - began_s <= LATE_AT_MOST_S
+            rescued_s = await scene.settled_after_s(wave, ready_at)
+            self.rescues.note("restarted", rescued_s)
+            assert rescued_s <= LATE_AT_MOST_S
 
     async def broken(self) -> None:
         scene = self.scene
@@ -269,7 +271,7 @@ async def test_an_event_loop_that_hangs_is_no_different_from_a_frozen_instance(
         scene.waves.append(wave)
         scene.upstream.declare(wave.queue)
         await claim(scene, wave, point, "hang")
-        await eventually(lambda: scene.failpoints.reached(point))
+        await eventually(lambda: scene.failpoints.reached(point), within=LONG)
         owner = await scene.table.value(
             "SELECT DISTINCT claimed_by FROM retry_queue WHERE claims = 1 AND status = 'pending'"
         )
