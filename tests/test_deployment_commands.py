@@ -18,6 +18,8 @@ from tests.servers import Database
 from tests.service_process import PROJECT
 from tests.table import Table
 
+pytest_plugins = ("tests.fixtures",)
+
 GUIDE = (PROJECT / "docs" / "deployment.md").read_text()
 VERSION, NEXT_VERSION = "1.0.0", "1.0.1"
 
