@@ -4,13 +4,13 @@ UV ?= uv
 COMPILE = $(UV) pip compile pyproject.toml --quiet --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(ARGS)
 
-.PHONY: help demo test check bench bench-docs peers format settings lock clean setup setup-python
+.PHONY: help demo test check bench bench-docs peers format settings lock clean setup setup-python setup-servers
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: setup  ## Show the service at work with servers of its own (KEEP=1: until Ctrl-C)
+demo: setup-servers  ## Show the service at work with servers of its own (KEEP=1: until Ctrl-C)
 	@.venv/bin/retry-scheduler demo $(if $(KEEP),--keep)
 
 test: setup  ## Run all tests (ARGS="-k name" for some)
@@ -19,7 +19,7 @@ test: setup  ## Run all tests (ARGS="-k name" for some)
 check: setup-python  ## Check format, lint, types, layers, dependencies and file lengths
 	@scripts/check
 
-bench: setup  ## Measure speed and lateness (ARGS=--all: beside yardsticks, half an hour; ARGS=--help)
+bench: setup-servers  ## Measure speed and lateness (ARGS=--all: beside yardsticks, half an hour; ARGS=--help)
 	@.venv/bin/python -m benchmarks.suite $(ARGS)
 
 bench-docs: setup-python  ## Write docs/performance.md and its pictures from benchmarks/results/latest.json
@@ -49,3 +49,6 @@ setup:
 
 setup-python:
 	@scripts/setup python
+
+setup-servers:
+	@scripts/setup python rabbitmq
