@@ -4,28 +4,29 @@ UV ?= uv
 COMPILE = $(UV) pip compile pyproject.toml --quiet --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(ARGS)
 
-.PHONY: help demo test check chaos chaos-teeth bench bench-docs peers format settings lock clean setup setup-python
+.PHONY: help demo test check chaos chaos-teeth bench bench-docs peers format settings lock wheel clean setup \
+	setup-python setup-servers
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: setup  ## Show the service at work with servers of its own (KEEP=1: until Ctrl-C)
+demo: setup-servers  ## Show the service at work with servers of its own (KEEP=1: until Ctrl-C)
 	@.venv/bin/retry-scheduler demo $(if $(KEEP),--keep)
 
-test: setup setup-systemd  ## Run all tests (ARGS="-k name" for some)
+test: setup  ## Run all tests (ARGS="-k name" for some)
 	@.venv/bin/python -m pytest $(ARGS)
 
 check: setup-python  ## Check format, lint, types, layers, dependencies and file lengths
 	@scripts/check
 
-bench: setup  ## Measure speed and lateness (ARGS=--all: beside yardsticks, half an hour; ARGS=--help)
+bench: setup-servers  ## Measure speed and lateness (ARGS=--all: beside yardsticks, half an hour; ARGS=--help)
 	@.venv/bin/python -m benchmarks.suite $(ARGS)
 
-chaos: setup  ## Break everything for MINUTES=5 and check what became of every message (SEED= repeats a run)
+chaos: setup-servers  ## Break everything for MINUTES=5 and check what became of every message (SEED= repeats a run)
 	@.venv/bin/python -m chaos --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED))
 
-chaos-teeth: setup  ## Run the chaos test against fifteen broken builds: it must catch each
+chaos-teeth: setup-servers  ## Run the chaos test against fifteen broken builds: it must catch each
 	@.venv/bin/python -m chaos.teeth $(ARGS)
 
 bench-docs: setup-python  ## Write docs/performance.md and its pictures from benchmarks/results/latest.json
@@ -61,7 +62,5 @@ setup:
 setup-python:
 	@scripts/setup python
 
-setup-systemd:
-	@scripts/setup systemd
-
-.PHONY: wheel setup-systemd
+setup-servers:
+	@scripts/setup python rabbitmq

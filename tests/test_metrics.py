@@ -23,6 +23,7 @@ async def test_counters_tell_the_truth_about_every_message_that_was_accepted(
     start_service: StartService, upstream: Upstream, table: Table
 ) -> None:
     service = await start_service(MAX_PUBLISH_FAILURES="2", RABBITMQ_PREFETCH="500")
+    at_first = service.metrics()
     upstream.declare("orders", "bills")
     repeated = new_id()
     upstream.ask_for_many(
@@ -41,6 +42,11 @@ async def test_counters_tell_the_truth_about_every_message_that_was_accepted(
     await eventually(lambda: service.metrics().value("retry_queue_depth") == 1)
     await eventually(lambda: service.metrics().value("retry_oldest_due_seconds") == 0)
 
+    # Where a series begins with its first event, no rate() sees that event.
+    assert at_first.labels("retry_quarantined_total", "reason") >= {"body", "message_id", "retry_count"}
+    assert at_first.labels("retries_reviewed_total", "reason") == {"exhausted", "unroutable", "unpublishable"}
+    assert at_first.labels("retry_duplicates_total", "kind") == {"ignored", "stored_as_next"}
+    assert at_first.value("retry_quarantined_total") == at_first.value("retries_reviewed_total") == 0
     metrics = service.metrics()
     assert metrics.names >= METRICS
     assert metrics.value("retries_scheduled_total", queue="orders") == 40 + 7 + 1

@@ -24,6 +24,20 @@ OTHER = "other"
 # From a millisecond, where we aim, to the SLA of 5 s and beyond.
 LATENESS_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
+SERVERS = ("RabbitMQ", "PostgreSQL")
+REVIEW_REASONS = ("exhausted", "unroutable", "unpublishable")
+DUPLICATE_KINDS = ("ignored", "stored_as_next")
+MALFORMED_FIELDS = (
+    "body",
+    "message_id",
+    "original_payload",
+    "original_queue",
+    "error_reason",
+    "retry_count",
+    "max_retries",
+    "retry_after_ms",
+)
+
 
 class Metrics:
     """All metrics of one service, in a registry of their own."""
@@ -70,8 +84,16 @@ class Metrics:
         self._reconnects = counter(
             "retry_reconnects_total", "Failed tries and lost connections, by server", "server"
         )
-        for server in ("RabbitMQ", "PostgreSQL"):
-            self._reconnects.labels(server)
+        # A series that begins with its first event hides that event from rate() and increase(): an alert
+        # on the first malformed request would stay silent. So these are there from the start, at 0.
+        for known, values in (
+            (self._reconnects, SERVERS),
+            (self._reviewed, REVIEW_REASONS),
+            (self._duplicates, DUPLICATE_KINDS),
+            (self._quarantined, MALFORMED_FIELDS),
+        ):
+            for value in values:
+                known.labels(value)
         self.lateness = Histogram(
             "retry_lateness_seconds",
             "From the due time to the broker's confirm",
