@@ -49,7 +49,7 @@ def run() -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
     try:
-        return _run(serve(settings, tracing=tracing))
+        return _run(serve(settings, load=lambda: load_settings(os.environ), tracing=tracing))
     finally:
         flush_logs()
 

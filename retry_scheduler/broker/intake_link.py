@@ -84,6 +84,10 @@ class IntakeLink:
         """Whether the broker is delivering to us."""
         return self._consumer_tag is not None
 
+    def connect_from_now_on_to(self, url: str) -> None:
+        """Make every further connection with `url`. The one that is open goes on."""
+        self._url = url
+
     async def run(self) -> None:
         """Stay connected until cancelled."""
         await keep_linked(self._session, on_problem=self._on_problem)
