@@ -50,7 +50,8 @@ def run() -> int:
     gc.freeze()
     gc.set_threshold(20_000, 50, 100)
     try:
-        return _run(serve(settings, ServiceManager.named_by(os.environ), tracing=tracing))
+        manager = ServiceManager.named_by(os.environ)
+        return _run(serve(settings, manager, load=lambda: load_settings(os.environ), tracing=tracing))
     finally:
         flush_logs()
 

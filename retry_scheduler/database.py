@@ -100,6 +100,13 @@ class Database:
                     connection_class=_Connection,
                     init=self._note_connection,
                 )
+        self._pool.set_connect_args(**self._connect_arguments())  # they may have changed meanwhile
+
+    def connect_from_now_on_to(self, address: DatabaseAddress) -> None:
+        """Make every further connection with `address`. Those that are open go on."""
+        self._address = address
+        if self._pool is not None:
+            self._pool.set_connect_args(**self._connect_arguments())
 
     async def close(self) -> None:
         """Close every connection; cut those that do not end within two seconds."""

@@ -10,7 +10,7 @@ stop     stop taking, store what has arrived, settle what is in hand, close; at 
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from retry_scheduler.observability.metrics_server import serve_metrics
 from retry_scheduler.presence import Presence
 from retry_scheduler.publisher import Publisher
 from retry_scheduler.repository import Repository
+from retry_scheduler.rotation import with_fresh_secrets
 from retry_scheduler.scheduler import MAX_OUTSTANDING, Scheduler
 from retry_scheduler.schema import migrate
 from retry_scheduler.settings import Settings
@@ -94,10 +95,9 @@ class Service:
         )
         self._repository = Repository(self._database)
         self._name = logs.instance_name()
-        url = settings.rabbitmq_url.get_secret_value()
         queues = (settings.retry_queue, settings.manual_review_queue)
         self._intake = IntakeLink(
-            url,
+            self._broker_url,
             queue=settings.retry_queue,
             queues=queues,
             prefetch=settings.rabbitmq_prefetch,
@@ -107,7 +107,7 @@ class Service:
 
         def publish_link(purpose: str) -> PublishLink:
             return PublishLink(
-                url,
+                self._broker_url,
                 queues=queues,
                 name=f"{settings.service_name} {purpose} {self._name}",
                 on_problem=self._report_publish_problem,
@@ -159,6 +159,17 @@ class Service:
     def request_stop(self) -> None:
         """Begin to stop; harmless when repeated."""
         self._stop.set()
+
+    def reload_secrets(self, load: Callable[[], Settings]) -> None:
+        """Make every further connection with the secrets that `load` finds; those that are open go on."""
+        self._settings = with_fresh_secrets(self._settings, load)
+        self._database.connect_from_now_on_to(database_address(self._settings))
+        for link in (self._intake, self._link):
+            link.connect_from_now_on_to(self._broker_url)
+
+    @property
+    def _broker_url(self) -> str:
+        return self._settings.rabbitmq_url.get_secret_value()
 
     async def run(self) -> None:
         """Serve until `request_stop`. Raises PortTaken or UnusableSchema, or a group if a part dies."""
@@ -337,10 +348,20 @@ async def _first_of(work: Awaitable[None], stopping: "asyncio.Task[bool]") -> No
         task.result()
 
 
-async def serve(settings: Settings, manager: ServiceManager, *, tracing: "Tracing | None" = None) -> None:
-    """Run one instance until SIGTERM or SIGINT; the second leaves at once. Errors as in Service.run."""
+async def serve(
+    settings: Settings,
+    manager: ServiceManager,
+    *,
+    load: Callable[[], Settings],
+    tracing: "Tracing | None" = None,
+) -> None:
+    """Run one instance until SIGTERM or SIGINT; the second leaves at once. SIGHUP reloads the secrets.
+
+    manager: see Service. load: returns the settings as they are by then. Errors as in Service.run.
+    """
     service = Service(settings, manager, tracing=tracing)
     loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, service.reload_secrets, load)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_or_leave, service, number)
     await service.run()

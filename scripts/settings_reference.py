@@ -20,9 +20,9 @@ Environment variables; all are optional. A wrong value stops the program with ex
 wrong one is named at once. An empty value counts as unset. `retry-scheduler check` tells whether the
 servers can be reached with them.
 
-Secrets may come from a file instead: `POSTGRES_PASSWORD_FILE`, `RABBITMQ_URL_FILE`. With TLS
-(`POSTGRES_SSL=true`, `amqps://`) the server's certificate and name are verified against the system's
-authorities, or those in the file that `SSL_CERT_FILE` names; there is no way back to plain text.
+Secrets may come from a file instead: `POSTGRES_PASSWORD_FILE`, `RABBITMQ_URL_FILE`, read again at
+`SIGHUP`. With TLS (`POSTGRES_SSL=true`, `amqps://`) the server's certificate and name are verified against
+the system's authorities, or those in the file that `SSL_CERT_FILE` names; there is no way back to plain text.
 
 Written by `make settings`.
 

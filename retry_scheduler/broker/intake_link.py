@@ -88,6 +88,10 @@ class IntakeLink:
         """Whether the broker is delivering to us, or will when what it has delivered before is stored."""
         return self._connection is not None and (self._consumer_tag is not None or self._unstored > 0)
 
+    def connect_from_now_on_to(self, url: str) -> None:
+        """Make every further connection with `url`. The one that is open goes on."""
+        self._url = url
+
     async def run(self) -> None:
         """Stay connected until cancelled."""
         await keep_linked(self._session, on_problem=self._on_problem)

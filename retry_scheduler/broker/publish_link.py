@@ -93,6 +93,10 @@ class PublishLink:
         """Whether this connection has confirmed something: then it can be trusted with a batch."""
         return self.ready and self._proven
 
+    def connect_from_now_on_to(self, url: str) -> None:
+        """Make every further connection with `url`. The one that is open goes on."""
+        self._url = url
+
     async def run(self) -> None:
         """Stay connected until cancelled."""
         await keep_linked(self._session, on_problem=self._on_problem)
