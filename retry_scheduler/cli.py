@@ -31,13 +31,21 @@ app = cyclopts.App(
 
 
 @app.command
-def run() -> int:
+def run(
+    *,
+    paused: Annotated[
+        bool,
+        cyclopts.Parameter(negative="", help="Send nothing until SIGUSR1: after a restore from a backup."),
+    ] = False,
+) -> int:
     """Run the service until SIGTERM. Waits for its servers; creates missing tables and queues."""
     from retry_scheduler.observability.logs import flush_logs, set_up_logs
     from retry_scheduler.service import serve
     from retry_scheduler.settings import load_settings
 
     settings = load_settings(os.environ)
+    if paused:
+        settings = settings.model_copy(update={"start_paused": True})
     set_up_logs(settings.log_level, service=settings.service_name)
     # Batches make thousands of objects that reference counting frees by itself. With Python's own
     # thresholds, looking for cycles among them took 6 % of the time.

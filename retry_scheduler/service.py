@@ -28,6 +28,7 @@ from retry_scheduler.observability import logs
 from retry_scheduler.observability.live import LiveFigures
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.observability.metrics_server import serve_metrics
+from retry_scheduler.pause import Pause
 from retry_scheduler.presence import Presence
 from retry_scheduler.publisher import Publisher
 from retry_scheduler.repository import Repository
@@ -124,7 +125,9 @@ class Service:
             self._metrics,
             name=self._name,
             poll_interval=settings.poll_interval,
+            paused=settings.start_paused,
         )
+        self._pause = Pause(self._repository, paused=settings.start_paused, on_release=self._scheduler.resume)
         self._consumer = Consumer(
             self._intake,
             self._repository,
@@ -139,6 +142,10 @@ class Service:
     def request_stop(self) -> None:
         """Begin to stop; harmless when repeated."""
         self._stop.set()
+
+    def release(self) -> None:
+        """Begin to claim, if START_PAUSED has held it back; harmless when repeated."""
+        self._pause.release()
 
     async def run(self) -> None:
         """Serve until `request_stop`. Raises PortTaken or UnusableSchema, or a group if a part dies."""
@@ -158,6 +165,7 @@ class Service:
                     settings.service_name,
                     {"postgresql": self._database.probe, "rabbitmq": self._check_broker},
                     self._not_ready_because,
+                    self._pause.shown,
                 )
             )
             serving = self._start_part("pages", pages.serve(sockets=[socket]))
@@ -233,6 +241,7 @@ class Service:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._consumer.run(self._stop), name="consumer")
             group.create_task(self._scheduler.run(self._stop), name="scheduler")
+            group.create_task(self._pause.watch(self._stop), name="pause")
 
     async def _open_database(self) -> None:
         while True:
@@ -268,7 +277,7 @@ class Service:
             return "not connected to RabbitMQ"
         if self._presence.fenced(time.monotonic()):
             return "no beat reaches PostgreSQL: nothing may be published"
-        return None
+        return self._pause.reason() if self._pause.active else None
 
     async def _check_usable(self) -> None:
         reason = self._not_ready_because()
@@ -302,9 +311,13 @@ async def _first_of(work: Awaitable[None], stopping: "asyncio.Task[bool]") -> No
 
 
 async def serve(settings: Settings) -> None:
-    """Run one instance until SIGTERM or SIGINT; the second leaves at once. Errors as in Service.run."""
+    """Run one instance until SIGTERM or SIGINT; the second leaves at once. Errors as in Service.run.
+
+    SIGUSR1 releases it if it has started paused.
+    """
     service = Service(settings)
     loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGUSR1, service.release)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_or_leave, service, number)
     await service.run()

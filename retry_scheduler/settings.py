@@ -71,6 +71,10 @@ class Settings(BaseSettings):
         10, description="Returned or refused publications after which a message goes to manual review"
     )
 
+    start_paused: bool = Field(
+        False, description="Take requests but send nothing until SIGUSR1: after a restore from a backup"
+    )
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _accept_lower_case(cls, value: Any) -> Any:

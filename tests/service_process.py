@@ -87,12 +87,12 @@ class ServiceProcess:
         self._errors = folder / f"service-{self.http_port}.err"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start the process and return at once."""
+    def start(self, *arguments: str) -> None:
+        """Start the process and return at once. arguments: of `run`."""
         assert not self.is_running, "it is running already"
         with self._log.open("ab") as log, self._errors.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "retry_scheduler", "run"],
+                [sys.executable, "-m", "retry_scheduler", "run", *arguments],
                 cwd=PROJECT,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
