@@ -1,4 +1,4 @@
-"""The command line: `retry-scheduler run | migrate | check | demo`.
+"""The command line: `retry-scheduler run | migrate | check | archive | demo`.
 
 Exit codes (sysexits.h): 0 good, 64 usage, 69 a server is away, 70 a bug, 78 bad configuration.
 Heavy imports stand inside the commands, so that --help is quick.
@@ -6,9 +6,10 @@ Heavy imports stand inside the commands, so that --help is quick.
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Coroutine
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
 import uvloop
@@ -16,11 +17,16 @@ import uvloop
 from retry_scheduler import __version__
 from retry_scheduler.errors import BadSettings, PortTaken, Unavailable, UnusableSchema
 
+if TYPE_CHECKING:
+    from retry_scheduler.database import Database
+    from retry_scheduler.settings import Settings
+
 EX_OK = 0
 EX_USAGE = 64
 EX_UNAVAILABLE = 69
 EX_SOFTWARE = 70
 EX_CONFIG = 78
+EX_INTERRUPTED = 128 + signal.SIGINT
 
 app = cyclopts.App(
     name="retry-scheduler",
@@ -60,15 +66,11 @@ def run(
 @app.command
 def migrate() -> int:
     """Create or update the tables. Safe to repeat, and beside running instances."""
-    from retry_scheduler.database import Database
     from retry_scheduler.schema import migrate as apply_missing
-    from retry_scheduler.service import database_address
     from retry_scheduler.settings import load_settings
 
     async def work() -> None:
-        applied = await apply_missing(
-            Database(database_address(load_settings(os.environ)), pool_min=0, pool_max=1)
-        )
+        applied = await apply_missing(_database(load_settings(os.environ)))
         for migration in applied:
             print(f"applied {migration.name}")  # noqa: T201
         if not applied:
@@ -92,6 +94,41 @@ def check() -> int:
             print(finding.line)  # noqa: T201
             worst = max(worst, finding.exit_code)
         return worst
+
+    return _run(work())
+
+
+@app.command
+def archive(
+    *,
+    days: Annotated[
+        int | None,
+        cyclopts.Parameter(
+            validator=cyclopts.validators.Number(gte=1, lte=36_500), help="Instead of RETENTION_DAYS."
+        ),
+    ] = None,
+) -> int:
+    """Move attempts finished more than RETENTION_DAYS ago to retry_queue_archive, beside running instances.
+
+    A running instance does it daily by itself. May be interrupted at any moment.
+    """
+    from datetime import timedelta
+
+    from retry_scheduler.archive import archive_finished
+    from retry_scheduler.settings import load_settings
+
+    settings = load_settings(os.environ)
+    days = days or settings.retention_days
+    if not days:
+        raise BadSettings(["RETENTION_DAYS: is 0, nothing is archived; give --days"])
+
+    async def work() -> None:
+        done = await archive_finished(_database(settings), timedelta(days=days))
+        print(  # noqa: T201
+            f"archived {done.rows:,} attempts finished more than {days} days ago"
+            f" in {done.took.total_seconds():.1f} s; the longest statement took"
+            f" {done.longest.total_seconds() * 1000:.0f} ms"
+        )
 
     return _run(work())
 
@@ -127,6 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Unavailable as error:
         _say(str(error))
         return EX_UNAVAILABLE
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
     except BaseExceptionGroup as group:
         import structlog
 
@@ -135,6 +174,13 @@ def main(arguments: list[str] | None = None) -> int:
         structlog.get_logger().critical("Service failed", exc_info=group)
         flush_logs()
         return EX_SOFTWARE
+
+
+def _database(settings: "Settings") -> "Database":
+    from retry_scheduler.database import Database
+    from retry_scheduler.service import database_address
+
+    return Database(database_address(settings), pool_min=0, pool_max=1)
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> int:

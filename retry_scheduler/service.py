@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from retry_scheduler.agenda import Agenda
+from retry_scheduler.archive import archive_daily
 from retry_scheduler.backoff import BackoffPolicy
 from retry_scheduler.broker.connection import SERVER as RABBITMQ
 from retry_scheduler.broker.intake_link import IntakeLink
@@ -241,7 +242,12 @@ class Service:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._consumer.run(self._stop), name="consumer")
             group.create_task(self._scheduler.run(self._stop), name="scheduler")
-            group.create_task(self._pause.watch(self._stop), name="pause")
+            group.create_task(self._keep_house(), name="archive")
+
+    async def _keep_house(self) -> None:
+        await self._pause.watch(self._stop)  # nothing is moved while an operator looks into a restored table
+        if self._settings.retention_days:
+            await archive_daily(self._database, self._settings.retention, self._stop)
 
     async def _open_database(self) -> None:
         while True:

@@ -71,6 +71,9 @@ class Settings(BaseSettings):
         10, description="Returned or refused publications after which a message goes to manual review"
     )
 
+    retention_days: Annotated[int, Field(ge=0, le=36_500)] = Field(
+        30, description="Attempts finished longer ago are moved to retry_queue_archive, daily; 0: never"
+    )
     start_paused: bool = Field(
         False, description="Take requests but send nothing until SIGUSR1: after a restore from a backup"
     )
@@ -121,6 +124,11 @@ class Settings(BaseSettings):
     def poll_interval(self) -> timedelta:
         """RETRY_POLL_INTERVAL_MS as a duration."""
         return timedelta(milliseconds=self.retry_poll_interval_ms)
+
+    @property
+    def retention(self) -> timedelta:
+        """RETENTION_DAYS as a duration."""
+        return timedelta(days=self.retention_days)
 
     @classmethod
     def settings_customise_sources(

@@ -64,6 +64,8 @@ def test_values_are_taken_from_the_environment_it_is_given() -> None:
         ("JITTER_MS", "NaN"),
         ("RETRY_POLL_INTERVAL_MS", "0"),
         ("MAX_PUBLISH_FAILURES", "0"),
+        ("RETENTION_DAYS", "-1"),
+        ("RETENTION_DAYS", "0.5"),
         ("START_PAUSED", "perhaps"),
         ("LOG_LEVEL", "TRACE"),
         ("RETRY_QUEUE", "é" * 128),
