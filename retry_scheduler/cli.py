@@ -1,4 +1,4 @@
-"""The command line: `retry-scheduler run | migrate | check | archive | demo`.
+"""The command line: `retry-scheduler run | migrate | check | status | archive | demo`.
 
 Exit codes (sysexits.h): 0 good, 64 usage, 69 a server is away, 70 a bug, 78 bad configuration.
 Heavy imports stand inside the commands, so that --help is quick.
@@ -27,6 +27,8 @@ EX_UNAVAILABLE = 69
 EX_SOFTWARE = 70
 EX_CONFIG = 78
 EX_INTERRUPTED = 128 + signal.SIGINT
+
+AsJson = Annotated[bool, cyclopts.Parameter(name="--json", negative="", help="Print one JSON document.")]
 
 app = cyclopts.App(
     name="retry-scheduler",
@@ -94,6 +96,31 @@ def check() -> int:
             print(finding.line)  # noqa: T201
             worst = max(worst, finding.exit_code)
         return worst
+
+    return _run(work())
+
+
+@app.command
+def status(*, as_json: AsJson = False) -> int:
+    """Show what waits, what is late, who runs, and how large the tables are; change nothing."""
+    from retry_scheduler.settings import load_settings
+    from retry_scheduler.status.figures import take_status
+    from retry_scheduler.status.text import report
+
+    settings = load_settings(os.environ)
+
+    async def work() -> int:
+        taken = await take_status(
+            _database(settings),
+            settings.rabbitmq_url.get_secret_value(),
+            (settings.retry_queue, settings.manual_review_queue),
+            name=f"{settings.service_name} status",
+        )
+        if as_json:
+            _print_json(taken)
+        else:
+            print(report(taken))  # noqa: T201
+        return EX_OK if taken.postgresql.up and taken.rabbitmq.up else EX_UNAVAILABLE
 
     return _run(work())
 
@@ -181,6 +208,12 @@ def _database(settings: "Settings") -> "Database":
     from retry_scheduler.service import database_address
 
     return Database(database_address(settings), pool_min=0, pool_max=1)
+
+
+def _print_json(document: Any) -> None:
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(document)).decode())  # noqa: T201
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from retry_scheduler.broker.topology import missing_queues
+from retry_scheduler.broker.topology import queue_states
 from retry_scheduler.database import Database
 from retry_scheduler.errors import Unavailable, UnusableSchema
 from retry_scheduler.schema import inspect
@@ -55,11 +55,12 @@ async def _check_database(settings: Settings) -> Finding:
 async def _check_broker(settings: Settings) -> Finding:
     queues = (settings.retry_queue, settings.manual_review_queue)
     try:
-        missing = await missing_queues(
+        states = await queue_states(
             settings.rabbitmq_url.get_secret_value(), queues, name=f"{settings.service_name} check"
         )
     except Unavailable as problem:
         return Finding("RabbitMQ", problem.problem, EX_UNAVAILABLE)
+    missing = [queue for queue, state in states.items() if state is None]
     if missing:
         return Finding("RabbitMQ", f"reachable; `run` will create {', '.join(missing)}")
     return Finding("RabbitMQ", f"reachable, {' and '.join(queues)} exist")

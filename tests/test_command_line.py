@@ -42,7 +42,7 @@ def test_help_and_version_are_given_with_0(arguments: tuple[str, ...]) -> None:
     assert done.stdout != ""
 
 
-@pytest.mark.parametrize("command", ["run", "check", "migrate", "archive"])
+@pytest.mark.parametrize("command", ["run", "check", "migrate", "status", "archive"])
 def test_every_wrong_setting_is_named_at_once_with_78_and_no_secret_is_shown(
     command: str, tmp_path: Path
 ) -> None:

@@ -48,3 +48,83 @@ SELECT (SELECT count(*)
   LEFT JOIN (SELECT next_retry_at FROM retry_queue
               WHERE status = 'pending' AND next_retry_at <= now()
               ORDER BY next_retry_at LIMIT 1) AS oldest ON true;
+
+-- name: attempt_groups
+-- Count attempts by queue and status, on some of the table's pages. $1 percent real: 100 counts every row;
+-- $2 limit int. Returns a row for each group found, the largest ones: original_queue, status, attempts.
+SELECT original_queue, status, count(*) AS attempts
+  FROM retry_queue TABLESAMPLE SYSTEM ($1)
+ GROUP BY original_queue, status
+ ORDER BY attempts DESC, original_queue, status
+ LIMIT $2;
+
+-- name: recent_lateness
+-- How late the attempts were settled that were executed lately, among the newest ones of the table.
+-- $1 newest int: how many to look at; $2 lately interval.
+-- Returns one row: executed; p50_s, p99_s, max_s: seconds after the due time, NULL if there were none.
+SELECT count(*) AS executed,
+       percentile_cont(0.5) WITHIN GROUP (ORDER BY late_s) AS p50_s,
+       percentile_cont(0.99) WITHIN GROUP (ORDER BY late_s) AS p99_s,
+       max(late_s) AS max_s
+  FROM (SELECT extract(epoch FROM finished_at - next_retry_at)::float8 AS late_s
+          FROM (SELECT status, finished_at, next_retry_at FROM retry_queue ORDER BY id DESC LIMIT $1) AS newest
+         WHERE status = 'retried' AND finished_at > now() - $2::interval) AS lately;
+
+-- name: review_figures
+-- What people have, or will get. $1 limit int: nothing is counted any further.
+-- Returns one row: quarantined, quarantine_waiting (not in manual review yet), archived (an estimate),
+-- schema_version.
+SELECT (SELECT count(*) FROM (SELECT 1 FROM retry_quarantine LIMIT $1) AS counted) AS quarantined,
+       (SELECT count(*) FROM (SELECT 1 FROM retry_quarantine
+                               WHERE delivered_at IS NULL LIMIT $1) AS counted) AS quarantine_waiting,
+       coalesce((SELECT greatest(n_live_tup, 0) FROM pg_stat_user_tables
+                  WHERE relid = to_regclass('retry_queue_archive')), 0) AS archived,
+       (SELECT max(version) FROM retry_schema_version) AS schema_version;
+
+-- name: instance_figures
+-- Who is in the register and not marked as gone, oldest first: name, started_at, silent_s (since its last beat).
+SELECT name, started_at, extract(epoch FROM clock_timestamp() - beat_at)::float8 AS silent_s
+  FROM retry_instance
+ WHERE gone_at IS NULL
+ ORDER BY started_at, name;
+
+-- name: table_figures
+-- Our tables, by name: pages of the table itself; rows and dead_rows as the statistics estimate them;
+-- total_bytes with indexes and bodies; index_bytes; vacuumed_at, NULL if never.
+SELECT class.relname AS name,
+       pg_relation_size(class.oid) / current_setting('block_size')::int AS pages,
+       coalesce(stat.n_live_tup, 0) AS rows,
+       coalesce(stat.n_dead_tup, 0) AS dead_rows,
+       pg_total_relation_size(class.oid) AS total_bytes,
+       pg_indexes_size(class.oid) AS index_bytes,
+       greatest(stat.last_vacuum, stat.last_autovacuum) AS vacuumed_at
+  FROM unnest(ARRAY['retry_queue', 'retry_payload', 'retry_queue_archive', 'retry_quarantine']) AS ours (name)
+  JOIN pg_class AS class ON class.oid = to_regclass(ours.name)
+  LEFT JOIN pg_stat_user_tables AS stat ON stat.relid = class.oid
+ ORDER BY class.relname;
+
+-- name: index_figures
+-- The indexes of our tables, largest first: name, bytes.
+SELECT index.indexrelid::regclass::text AS name, pg_relation_size(index.indexrelid) AS bytes
+  FROM unnest(ARRAY['retry_queue', 'retry_payload', 'retry_quarantine']) AS ours (name)
+  JOIN pg_index AS index ON index.indrelid = to_regclass(ours.name)
+ ORDER BY bytes DESC, name;
+
+-- name: oldest_transaction
+-- Who has kept VACUUM from cleaning up in this database, and for how long.
+-- Returns one row: who and open_s, NULL if nobody; hidden: sessions whose transactions this role may not
+-- see (pg_read_all_stats would let it); slot_age: transactions since the oldest that a replication slot needs.
+WITH holding AS (
+    SELECT coalesce(nullif(application_name, ''), usename) || ', process ' || pid AS who, xact_start AS since
+      FROM pg_stat_activity
+     WHERE datname = current_database() AND pid <> pg_backend_pid()
+       AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL)
+    UNION ALL
+    SELECT 'prepared transaction ' || gid, prepared FROM pg_prepared_xacts WHERE database = current_database()
+)
+SELECT oldest.who, extract(epoch FROM clock_timestamp() - oldest.since)::float8 AS open_s,
+       (SELECT count(*) FROM pg_stat_activity
+         WHERE datname = current_database() AND query = '<insufficient privilege>') AS hidden,
+       (SELECT max(age(xmin)) FROM pg_replication_slots) AS slot_age
+  FROM (SELECT 1) AS always
+  LEFT JOIN (SELECT who, since FROM holding WHERE since IS NOT NULL ORDER BY since LIMIT 1) AS oldest ON true;
