@@ -66,13 +66,27 @@ def run(
 
 
 @app.command
-def migrate() -> int:
+def migrate(
+    *,
+    sql: Annotated[
+        bool, cyclopts.Parameter(negative="", help="Print the SQL for a DBA to run, and connect to nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
     """Create or update the tables. Safe to repeat, and beside running instances."""
     from retry_scheduler.schema import migrate as apply_missing
+    from retry_scheduler.schema import script
     from retry_scheduler.settings import load_settings
+
+    if sql:
+        print(script(), end="")  # noqa: T201
+        return EX_OK
 
     async def work() -> None:
         applied = await apply_missing(_database(load_settings(os.environ)))
+        if as_json:
+            _print_json({"applied": [migration.name for migration in applied]})
+            return
         for migration in applied:
             print(f"applied {migration.name}")  # noqa: T201
         if not applied:
@@ -82,20 +96,30 @@ def migrate() -> int:
 
 
 @app.command
-def check() -> int:
-    """Check settings, both servers, tables and queues; change nothing. Prints a line for each."""
-    from retry_scheduler.preflight import check_everything
+def check(*, as_json: AsJson = False) -> int:
+    """Check settings, both servers, tables and queues; change nothing. Prints a line for each.
+
+    A line that begins with warn tells of a promise that does not hold here; it does not change the exit code.
+    """
+    from retry_scheduler.preflight import Finding, check_everything
     from retry_scheduler.settings import load_settings
 
     settings = load_settings(os.environ)
-    print("ok    settings")  # noqa: T201
 
     async def work() -> int:
-        worst = EX_OK
+        findings = [Finding("settings")]
+        show(findings[0])
         async for finding in check_everything(settings):
+            findings.append(finding)
+            show(finding)
+        exit_code = max(finding.exit_code for finding in findings)
+        if as_json:
+            _print_json({"exit_code": exit_code, "findings": findings})
+        return exit_code
+
+    def show(finding: Finding) -> None:
+        if not as_json:
             print(finding.line)  # noqa: T201
-            worst = max(worst, finding.exit_code)
-        return worst
 
     return _run(work())
 

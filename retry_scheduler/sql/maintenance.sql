@@ -128,3 +128,25 @@ SELECT oldest.who, extract(epoch FROM clock_timestamp() - oldest.since)::float8 
        (SELECT max(age(xmin)) FROM pg_replication_slots) AS slot_age
   FROM (SELECT 1) AS always
   LEFT JOIN (SELECT who, since FROM holding WHERE since IS NOT NULL ORDER BY since LIMIT 1) AS oldest ON true;
+
+-- name: durability
+-- What this server does so that a commit survives a crash. Returns one row of settings.
+SELECT current_setting('fsync') AS fsync,
+       current_setting('full_page_writes') AS full_page_writes,
+       current_setting('synchronous_commit') AS synchronous_commit;
+
+-- name: archive_rights
+-- Returns one row: lacking, the rights that archiving needs and this role has not, in words.
+SELECT ARRAY (SELECT needed.privilege || ' on ' || needed.name
+                FROM (VALUES ('retry_queue', 'DELETE'), ('retry_payload', 'SELECT'), ('retry_payload', 'DELETE'),
+                             ('retry_queue_archive', 'INSERT')) AS needed (name, privilege)
+               WHERE has_table_privilege(to_regclass(needed.name), needed.privilege) IS NOT TRUE
+               ORDER BY 1) AS lacking;
+
+-- name: missing_indexes
+-- Returns one row: missing, names of our indexes that are not there or not valid.
+SELECT ARRAY (SELECT needed.name
+                FROM unnest(ARRAY['idx_retry_next_retry', 'idx_retry_quarantine_waiting',
+                                  'idx_retry_quarantine_sha256']) AS needed (name)
+               WHERE NOT EXISTS (SELECT 1 FROM pg_index WHERE indexrelid = to_regclass(needed.name) AND indisvalid)
+               ORDER BY 1) AS missing;
