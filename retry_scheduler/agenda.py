@@ -29,16 +29,15 @@ class Agenda:
     def expect(self, due_in_s: Iterable[float]) -> None:
         """Note that something is due in so many seconds. Zero or less means now."""
         now = time.monotonic()
+        # While nobody waits (the broker is blocked, or claiming is paused) passed times would pile up.
+        if self._forget_until(now):
+            self._remember(int(now / GRAIN_S))
         for seconds in due_in_s:
             if seconds > HORIZON_S:
                 continue
             # Rounded up: waking early would find nothing due yet.
             grain = int((now + max(seconds, 0.0)) / GRAIN_S) + 1 if seconds > 0 else int(now / GRAIN_S)
-            if grain not in self._known:
-                self._known.add(grain)
-                heapq.heappush(self._times, grain)
-                if self._times[0] == grain:
-                    self._changed.set()
+            self._remember(grain)
 
     async def wait(self, longest_s: float) -> bool:
         """Sleep until something is due, at most `longest_s`, and forget the times that have passed.
@@ -61,6 +60,16 @@ class Agenda:
             except TimeoutError:
                 continue
 
-    def _forget_until(self, now: float) -> None:
+    def _remember(self, grain: int) -> None:
+        if grain not in self._known:
+            self._known.add(grain)
+            heapq.heappush(self._times, grain)
+            if self._times[0] == grain:
+                self._changed.set()
+
+    def _forget_until(self, now: float) -> bool:
+        """Return whether there was anything to forget."""
+        before = len(self._times)
         while self._times and self._times[0] * GRAIN_S <= now:
             self._known.discard(heapq.heappop(self._times))
+        return len(self._times) < before

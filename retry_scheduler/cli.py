@@ -1,4 +1,4 @@
-"""The command line: `retry-scheduler run | migrate | check | demo`.
+"""The command line: `retry-scheduler run | migrate | check | status | archive | demo`.
 
 Exit codes (sysexits.h): 0 good, 64 usage, 69 a server is away, 70 a bug, 78 bad configuration.
 Heavy imports stand inside the commands, so that --help is quick.
@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that --help is quick.
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from retry_scheduler import __version__
 from retry_scheduler.errors import BadSettings, PortTaken, Unavailable, UnusableSchema
 
 if TYPE_CHECKING:  # heavy, and not needed for --help
+    from retry_scheduler.database import Database
     from retry_scheduler.observability.tracing import Tracing
     from retry_scheduler.settings import Settings
 
@@ -25,6 +27,9 @@ EX_USAGE = 64
 EX_UNAVAILABLE = 69
 EX_SOFTWARE = 70
 EX_CONFIG = 78
+EX_INTERRUPTED = 128 + signal.SIGINT
+
+AsJson = Annotated[bool, cyclopts.Parameter(name="--json", negative="", help="Print one JSON document.")]
 
 app = cyclopts.App(
     name="retry-scheduler",
@@ -35,7 +40,13 @@ app = cyclopts.App(
 
 
 @app.command
-def run() -> int:
+def run(
+    *,
+    paused: Annotated[
+        bool,
+        cyclopts.Parameter(negative="", help="Send nothing until SIGUSR1: after a restore from a backup."),
+    ] = False,
+) -> int:
     """Run the service until SIGTERM. Waits for its servers; creates missing tables and queues."""
     from retry_scheduler.observability.logs import flush_logs, set_up_logs
     from retry_scheduler.service import serve
@@ -43,6 +54,8 @@ def run() -> int:
     from retry_scheduler.supervision import ServiceManager
 
     settings = load_settings(os.environ)
+    if paused:
+        settings = settings.model_copy(update={"start_paused": True})
     set_up_logs(settings.log_level, service=settings.service_name)
     tracing = _start_tracing(settings)
     # Batches make thousands of objects that reference counting frees by itself. With Python's own
@@ -57,17 +70,27 @@ def run() -> int:
 
 
 @app.command
-def migrate() -> int:
+def migrate(
+    *,
+    sql: Annotated[
+        bool, cyclopts.Parameter(negative="", help="Print the SQL for a DBA to run, and connect to nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
     """Create or update the tables. Safe to repeat, and beside running instances."""
-    from retry_scheduler.database import Database
     from retry_scheduler.schema import migrate as apply_missing
-    from retry_scheduler.service import database_address
+    from retry_scheduler.schema import script
     from retry_scheduler.settings import load_settings
 
+    if sql:
+        print(script(), end="")  # noqa: T201
+        return EX_OK
+
     async def work() -> None:
-        applied = await apply_missing(
-            Database(database_address(load_settings(os.environ)), pool_min=0, pool_max=1)
-        )
+        applied = await apply_missing(_database(load_settings(os.environ)))
+        if as_json:
+            _print_json({"applied": [migration.name for migration in applied]})
+            return
         for migration in applied:
             print(f"applied {migration.name}")  # noqa: T201
         if not applied:
@@ -77,21 +100,91 @@ def migrate() -> int:
 
 
 @app.command
-def check() -> int:
-    """Check settings, both servers, tables and queues; change nothing. Prints a line for each."""
-    from retry_scheduler.preflight import check_everything
+def check(*, as_json: AsJson = False) -> int:
+    """Check settings, both servers, tables and queues; change nothing. Prints a line for each.
+
+    A line that begins with warn tells of a promise that does not hold here; it does not change the exit code.
+    """
+    from retry_scheduler.preflight import Finding, check_everything
     from retry_scheduler.settings import load_settings
 
     settings = load_settings(os.environ)
     _require_tracing(settings)
-    print("ok    settings")  # noqa: T201
 
     async def work() -> int:
-        worst = EX_OK
+        findings = [Finding("settings")]
+        show(findings[0])
         async for finding in check_everything(settings):
+            findings.append(finding)
+            show(finding)
+        exit_code = max(finding.exit_code for finding in findings)
+        if as_json:
+            _print_json({"exit_code": exit_code, "findings": findings})
+        return exit_code
+
+    def show(finding: Finding) -> None:
+        if not as_json:
             print(finding.line)  # noqa: T201
-            worst = max(worst, finding.exit_code)
-        return worst
+
+    return _run(work())
+
+
+@app.command
+def status(*, as_json: AsJson = False) -> int:
+    """Show what waits, what is late, who runs, and how large the tables are; change nothing."""
+    from retry_scheduler.settings import load_settings
+    from retry_scheduler.status.figures import take_status
+    from retry_scheduler.status.text import report
+
+    settings = load_settings(os.environ)
+
+    async def work() -> int:
+        taken = await take_status(
+            _database(settings),
+            settings.rabbitmq_url.get_secret_value(),
+            (settings.retry_queue, settings.manual_review_queue),
+            name=f"{settings.service_name} status",
+        )
+        if as_json:
+            _print_json(taken)
+        else:
+            print(report(taken))  # noqa: T201
+        return EX_OK if taken.postgresql.up and taken.rabbitmq.up else EX_UNAVAILABLE
+
+    return _run(work())
+
+
+@app.command
+def archive(
+    *,
+    days: Annotated[
+        int | None,
+        cyclopts.Parameter(
+            validator=cyclopts.validators.Number(gte=1, lte=36_500), help="Instead of RETENTION_DAYS."
+        ),
+    ] = None,
+) -> int:
+    """Move attempts finished more than RETENTION_DAYS ago to retry_queue_archive, beside running instances.
+
+    A running instance does it daily by itself. May be interrupted at any moment.
+    """
+    from datetime import timedelta
+
+    from retry_scheduler.archive import archive_finished
+    from retry_scheduler.settings import load_settings
+
+    settings = load_settings(os.environ)
+    days = days or settings.retention_days
+    if not days:
+        raise BadSettings(["RETENTION_DAYS: is 0, nothing is archived; give --days"])
+
+    async def work() -> None:
+        done = await archive_finished(_database(settings), timedelta(days=days))
+        print(  # noqa: T201
+            f"archived {done.rows:,} attempts finished more than {days} days ago"
+            f" in {done.took.total_seconds():.1f} s; the longest statement took"
+            f" {done.longest.total_seconds() * 1000:.0f} ms"
+        )
 
     return _run(work())
 
@@ -127,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Unavailable as error:
         _say(str(error))
         return EX_UNAVAILABLE
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
     except BaseExceptionGroup as group:
         import structlog
 
@@ -168,6 +263,19 @@ def _start_tracing(settings: "Settings") -> "Tracing | None":
         )
     except ValueError as refusal:
         raise BadSettings((f"OTEL_*: {refusal}",)) from refusal
+
+
+def _database(settings: "Settings") -> "Database":
+    from retry_scheduler.database import Database
+    from retry_scheduler.service import database_address
+
+    return Database(database_address(settings), pool_min=0, pool_max=1)
+
+
+def _print_json(document: Any) -> None:
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(document)).decode())  # noqa: T201
 
 
 def _run(work: Coroutine[Any, Any, Any]) -> int:

@@ -6,7 +6,7 @@ Keeps out of what the statements mean: that is `repository`. No asyncpg exceptio
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,7 +123,7 @@ class Database:
             pool.terminate()
 
     async def fetch(self, name: str, *arguments: Any) -> list[asyncpg.Record]:
-        """Run the statement `name` of queries.sql and return its rows.
+        """Run the statement `name` of sql/ and return its rows.
 
         Raises Unavailable (wait and repeat) or DataRefused (repeating cannot help).
         """
@@ -190,16 +190,21 @@ class Database:
             await pool.release(connection)
 
     @asynccontextmanager
-    async def session(self, *, within_s: float | None = None) -> AsyncIterator[asyncpg.Connection]:
-        """Lend one connection of its own outside the pool, for migrations and checks.
+    async def session(
+        self, *, within_s: float | None = None, settings: Mapping[str, str] = SESSION
+    ) -> AsyncIterator[asyncpg.Connection]:
+        """Lend one connection of its own outside the pool, for migrations, checks and maintenance.
 
         within_s: for connecting and all that is done with it; a link may fall silent at any moment.
+        settings: of the session, instead of SESSION.
         An open transaction is rolled back by the end of the session.
         Raises Unavailable.
         """
         with _sorted_errors():
             async with asyncio.timeout(within_s):
-                connection = await asyncpg.connect(**self._connect_arguments())
+                connection = await asyncpg.connect(
+                    **self._connect_arguments() | {"server_settings": dict(settings)}
+                )
                 try:
                     yield connection
                 finally:

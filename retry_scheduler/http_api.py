@@ -1,7 +1,7 @@
 """GET /health and GET /ready: is the service well, and does it take work? Neither tells a secret.
 
     healthy   both servers answer, take our writes, and let us do our work
-    ready     healthy, consuming, beating, and not about to stop
+    ready     healthy, consuming, beating, not paused, and not about to stop
 
 Every answer comes within two seconds, whatever hangs: each check has a shorter deadline. Whoever
 connects must ask within REQUEST_WITHIN_S, in REQUEST_MAX_BYTES, and at most MAX_CONNECTIONS are open:
@@ -118,10 +118,16 @@ class BoundedProtocol(H11Protocol):
             self._impatience = self.loop.call_later(ANSWER_WITHIN_S, self.transport.abort)
 
 
-def build_app(service: str, checks: Checks, is_ready: Callable[[], str | None]) -> Starlette:
+def build_app(
+    service: str,
+    checks: Checks,
+    is_ready: Callable[[], str | None],
+    paused: Callable[[], dict[str, object] | None],
+) -> Starlette:
     """Return the application.
 
     is_ready: None if the service takes work, otherwise the reason why it does not.
+    paused: what a paused service would send; None if it is not paused.
     """
 
     async def run_checks() -> tuple[bool, dict[str, dict[str, str]]]:
@@ -147,6 +153,8 @@ def build_app(service: str, checks: Checks, is_ready: Callable[[], str | None]) 
         }
         if reason is not None:
             body["reason"] = reason
+        if (held_back := paused()) is not None:
+            body["paused"] = held_back
         return JSONResponse(body, 200 if body["status"] == "ready" else 503)
 
     pages = Starlette(

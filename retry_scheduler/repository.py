@@ -1,6 +1,6 @@
 """What the service asks of PostgreSQL, in its own words: store, claim, settle, give back, look.
 
-The statements are in sql/queries.sql. A claim is a lease with a fence: `claims` rises with every
+The statements are in sql/. A claim is a lease with a fence: `claims` rises with every
 claim, and settling names it, so that an instance that was overtaken changes nothing. No method
 keeps state. Before `store` is repeated after Unavailable, `stored_intakes` tells what it had stored.
 """
@@ -93,6 +93,18 @@ class Sighting(msgspec.Struct):
     due_now: bool
     quarantined: bool
     coming_s: list[float]
+
+
+class DueFigures(msgspec.Struct):
+    """What waits. due: would be sent at once. Neither is counted further than counted_up_to.
+
+    oldest_due_at: ISO 8601, UTC; None if nothing is due.
+    """
+
+    pending: int
+    due: int
+    oldest_due_at: str | None
+    counted_up_to: int
 
 
 class Repository:
@@ -249,6 +261,14 @@ class Repository:
         if not rows:
             raise Unavailable("PostgreSQL", "no answer to a count")
         return rows[0]["depth"], rows[0]["oldest_due_s"]
+
+    async def due_figures(self, count_up_to: int) -> DueFigures:
+        """Count what waits and what is due, neither further than `count_up_to`."""
+        (row,) = await self._database.fetch("due_figures", count_up_to)
+        oldest = row["oldest_due_at"]
+        return DueFigures(
+            row["pending"], row["due"], oldest.astimezone(UTC).isoformat() if oldest else None, count_up_to
+        )
 
 
 def _claim_arguments(lease: Lease) -> tuple[object, ...]:

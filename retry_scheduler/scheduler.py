@@ -79,7 +79,10 @@ class Scheduler:
         name: str,
         poll_interval: timedelta,
         progress: Progress,
+        paused: bool = False,
     ) -> None:
+        """paused: nothing is claimed before `resume`."""
+        self._paused = paused
         self._repository = repository
         self._link = link
         self._settler = settler
@@ -97,6 +100,13 @@ class Scheduler:
         self._probed_at_s = 0.0
         self._floor = LONG_AGO
         self._claimed_since_search = False
+
+    def resume(self) -> None:
+        """Claim from now on; harmless when repeated."""
+        self._paused = False
+        self._agenda.expect((0.0,))
+        self._changed.set()
+        self._quarantined.set()
 
     def look_at_quarantine(self) -> None:
         """Somebody has quarantined something that manual review should get."""
@@ -196,12 +206,14 @@ class Scheduler:
     def _claimable(self) -> int:
         """How many rows it makes sense to claim now.
 
-        None while our leases cannot be trusted, the broker takes no messages, or less than half a
+        None while paused, our leases cannot be trusted, the broker takes no messages, or less than half a
         hand is free, in rows or in bytes. One through a connection that has not proven itself; as many
         again with each beat that brings no confirm, since perhaps only the queue of the first ones hangs.
         """
         now_s = time.monotonic()
-        if self._presence.fenced(now_s) or not self._link.ready or self._held_bytes > MAX_HELD_BYTES:
+        if self._paused or self._presence.fenced(now_s) or not self._link.ready:
+            return 0
+        if self._held_bytes > MAX_HELD_BYTES:
             return 0
         if not self._link.proven:
             if self._held and now_s - self._probed_at_s < PROBE_EVERY_S:
@@ -252,7 +264,7 @@ class Scheduler:
             await self._quarantined.wait()
             self._quarantined.clear()
             try:
-                while self._link.ready and self._trusts_leases_of(self._presence.id) and not stop.is_set():
+                while self._may_deliver_quarantined() and not stop.is_set():
                     limit_rows = MAX_QUARANTINED_IN_HAND if self._link.proven else 1
                     lease = self._lease(limit_rows)
                     kept = await self._repository.claim_quarantined(lease)
@@ -307,6 +319,9 @@ class Scheduler:
         self._agenda.expect((0.0,))
         self._changed.set()
         self._quarantined.set()
+
+    def _may_deliver_quarantined(self) -> bool:
+        return self._link.ready and not self._paused and self._trusts_leases_of(self._presence.id)
 
     def _trusts_leases_of(self, owner: UUID) -> bool:
         """Not frozen, cut off or renamed since: then others may have taken its rows."""

@@ -32,6 +32,27 @@ _VERSION = "SELECT coalesce(max(version), 0) FROM retry_schema_version"
 _NOTE_VERSION = "INSERT INTO retry_schema_version (version, name) VALUES ($1, $2)"
 _MAY_CREATE = "SELECT has_schema_privilege(current_schema(), 'CREATE')"
 
+_SCRIPT_HEAD = """\
+-- The tables of retry-scheduler. Run with psql -v ON_ERROR_STOP=1, as the role that shall own them.
+-- Leave out what retry_schema_version says has been applied. The role that the service logs in with needs
+--   GRANT SELECT ON retry_schema_version TO ...;
+--   GRANT SELECT, INSERT, UPDATE, DELETE
+--      ON retry_queue, retry_payload, retry_quarantine, retry_instance TO ...;
+--   GRANT SELECT, INSERT ON retry_queue_archive TO ...;
+"""
+_SCRIPT_STEP = """
+-- {name}
+
+BEGIN;
+SELECT pg_advisory_xact_lock({lock});
+{create_version_table};
+
+{statements}
+
+INSERT INTO retry_schema_version (version, name) VALUES ({version}, '{name}');
+COMMIT;
+"""
+
 _EXISTS_ALREADY = ("42P07", "42710", "42723")  # a table or index, another object, a function
 _NO_RIGHT = "42501"
 
@@ -40,12 +61,19 @@ _NO_RIGHT = "42501"
 class SchemaState:
     """What the database has.
 
-    missing: migrations, oldest first. lacking: tables and rights, in words; only if none is missing.
+    version: of the newest migration applied; 0 without any. missing: migrations, oldest first.
+    lacking: tables and rights, in words; only if none is missing.
     """
 
+    version: int
     missing: Sequence[Migration]
     may_create: bool
     lacking: Sequence[str]
+
+    @property
+    def newer(self) -> bool:
+        """Whether a newer version of this program has been here."""
+        return self.version > max(migration.version for migration in migrations())
 
     @property
     def problem(self) -> str | None:
@@ -90,7 +118,21 @@ async def inspect(database: Database) -> SchemaState:
             (server,) = await connection.fetch(query("server_state"))
             if not server["writable"]:
                 raise Unavailable(SERVER, READ_ONLY)
-    return SchemaState(missing, may_create, () if missing else tuple(server["lacking"]))
+    return SchemaState(version, missing, may_create, () if missing else tuple(server["lacking"]))
+
+
+def script() -> str:
+    """Return all migrations as one text for psql, in transactions as `migrate` would run them."""
+    return _SCRIPT_HEAD + "".join(
+        _SCRIPT_STEP.format(
+            lock=MIGRATION_LOCK,
+            create_version_table=_CREATE_VERSION_TABLE.strip(),
+            name=migration.name,
+            version=migration.version,
+            statements=migration.statements.strip(),
+        )
+        for migration in migrations()
+    )
 
 
 async def _apply(database: Database, migration: Migration) -> bool:

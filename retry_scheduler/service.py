@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from retry_scheduler.agenda import Agenda
+from retry_scheduler.archive import archive_daily
 from retry_scheduler.backoff import BackoffPolicy
 from retry_scheduler.broker.connection import SERVER as RABBITMQ
 from retry_scheduler.broker.intake_link import IntakeLink
@@ -30,6 +31,7 @@ from retry_scheduler.observability import logs
 from retry_scheduler.observability.live import LiveFigures
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.observability.metrics_server import serve_metrics
+from retry_scheduler.pause import Pause
 from retry_scheduler.presence import Presence
 from retry_scheduler.publisher import Publisher
 from retry_scheduler.repository import Repository
@@ -142,7 +144,9 @@ class Service:
             name=self._name,
             poll_interval=settings.poll_interval,
             progress=self._progress,
+            paused=settings.start_paused,
         )
+        self._pause = Pause(self._repository, paused=settings.start_paused, on_release=self._scheduler.resume)
         self._consumer = Consumer(
             self._intake,
             self._repository,
@@ -171,6 +175,10 @@ class Service:
     def _broker_url(self) -> str:
         return self._settings.rabbitmq_url.get_secret_value()
 
+    def release(self) -> None:
+        """Begin to claim, if START_PAUSED has held it back; harmless when repeated."""
+        self._pause.release()
+
     async def run(self) -> None:
         """Serve until `request_stop`. Raises PortTaken or UnusableSchema, or a group if a part dies."""
         settings = self._settings
@@ -189,6 +197,7 @@ class Service:
                     settings.service_name,
                     {"postgresql": self._database.probe, "rabbitmq": self._check_broker},
                     self._not_ready_because,
+                    self._pause.shown,
                 )
             )
             serving = self._start_part("pages", pages.serve(sockets=[socket]))
@@ -268,6 +277,12 @@ class Service:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._consumer.run(self._stop), name="consumer")
             group.create_task(self._scheduler.run(self._stop), name="scheduler")
+            group.create_task(self._keep_house(), name="archive")
+
+    async def _keep_house(self) -> None:
+        await self._pause.watch(self._stop)  # nothing is moved while an operator looks into a restored table
+        if self._settings.retention_days:
+            await archive_daily(self._database, self._settings.retention, self._stop)
 
     async def _open_database(self) -> None:
         while True:
@@ -303,7 +318,7 @@ class Service:
             return "not connected to RabbitMQ"
         if self._presence.fenced(time.monotonic()):
             return "no beat reaches PostgreSQL: nothing may be published"
-        return None
+        return self._pause.reason() if self._pause.active else None
 
     def _status(self) -> str:
         away = []
@@ -355,13 +370,15 @@ async def serve(
     load: Callable[[], Settings],
     tracing: "Tracing | None" = None,
 ) -> None:
-    """Run one instance until SIGTERM or SIGINT; the second leaves at once. SIGHUP reloads the secrets.
+    """Run one instance until SIGTERM or SIGINT; the second leaves at once.
 
+    SIGHUP reloads the secrets; SIGUSR1 releases the instance if it has started paused.
     manager: see Service. load: returns the settings as they are by then. Errors as in Service.run.
     """
     service = Service(settings, manager, tracing=tracing)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGHUP, service.reload_secrets, load)
+    loop.add_signal_handler(signal.SIGUSR1, service.release)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_or_leave, service, number)
     await service.run()

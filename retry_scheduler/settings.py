@@ -75,6 +75,12 @@ class Settings(BaseSettings):
         10, description="Returned or refused publications after which a message goes to manual review"
     )
 
+    retention_days: Annotated[int, Field(ge=0, le=36_500)] = Field(
+        30, description="Attempts finished longer ago are moved to retry_queue_archive, daily; 0: never"
+    )
+    start_paused: bool = Field(
+        False, description="Take requests but send nothing until SIGUSR1: after a restore from a backup"
+    )
     # What else the OpenTelemetry SDK can be told, it reads from the environment itself.
     otel_exporter_otlp_endpoint: str | None = Field(
         None,
@@ -154,6 +160,11 @@ class Settings(BaseSettings):
     def poll_interval(self) -> timedelta:
         """RETRY_POLL_INTERVAL_MS as a duration."""
         return timedelta(milliseconds=self.retry_poll_interval_ms)
+
+    @property
+    def retention(self) -> timedelta:
+        """RETENTION_DAYS as a duration."""
+        return timedelta(days=self.retention_days)
 
     @property
     def uses_tls(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.command import settings_for
 from tests.factories import PAYLOAD, encoded
 from tests.servers import Database
 from tests.service_process import MakeService, ServiceProcess, StartService, complaints_about_log
@@ -30,17 +31,7 @@ def make_service(
     request.node.stash[_services] = made
 
     def make(**settings: str) -> ServiceProcess:
-        environment = {
-            "RABBITMQ_URL": broker_url,
-            "POSTGRES_HOST": database.host,
-            "POSTGRES_PORT": str(database.port),
-            "POSTGRES_DB": database.name,
-            "POSTGRES_USER": database.user,
-            "POSTGRES_PASSWORD": database.password,
-            **QUICK,
-            **settings,
-        }
-        service = ServiceProcess(tmp_path, environment)
+        service = ServiceProcess(tmp_path, {**settings_for(database, broker_url), **QUICK, **settings})
         made.append(service)
         return service
 

@@ -92,12 +92,12 @@ class ServiceProcess:
         self._program = "tests.failing_service" if FOLDER_VARIABLE in environment else "retry_scheduler"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start the process and return at once."""
+    def start(self, *arguments: str) -> None:
+        """Start the process and return at once. arguments: of `run`."""
         assert not self.is_running, "it is running already"
         with self._log.open("ab") as log, self._errors.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", self._program, "run"],
+                [sys.executable, "-m", self._program, "run", *arguments],
                 cwd=PROJECT,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

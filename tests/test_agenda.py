@@ -116,3 +116,17 @@ def test_memory_is_bounded_by_the_horizon_however_much_is_expected() -> None:
         return len(agenda._times)
 
     assert run_in_virtual_time(expect(), agenda_module) <= HORIZON_S / GRAIN_S + 2
+
+
+def test_memory_is_bounded_while_nobody_waits_and_what_was_expected_still_wakes_at_once() -> None:
+    async def expect() -> tuple[int, bool]:
+        agenda = Agenda()
+        for _ in range(3600):  # an hour of a blocked broker, with requests coming in
+            agenda.expect(n * GRAIN_S for n in range(500))
+            await asyncio.sleep(1)
+        return len(agenda._times), await agenda.wait(longest_s=0)
+
+    kept, is_due = run_in_virtual_time(expect(), agenda_module)
+
+    assert kept <= HORIZON_S / GRAIN_S + 2
+    assert is_due

@@ -1,9 +1,6 @@
 """The program's commands as a script sees them: exit codes, and one line for each thing that is wrong."""
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,42 +9,18 @@ from retry_scheduler.database import DatabaseAddress
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from tests.command import CONFIG, OK, UNAVAILABLE, USAGE, Environment, call, settings_for
 from tests.servers import Database
-from tests.service_process import PROJECT
 from tests.table import Table
 from tests.upstream import RETRY_QUEUE, Upstream
 
 pytest_plugins = ("tests.fixtures",)
 
-OK, USAGE, UNAVAILABLE, CONFIG = 0, 64, 69, 78
-
-Environment = dict[str, str]
-
-
-def call(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run the program with these arguments and settings until it ends."""
-    return subprocess.run(
-        [sys.executable, "-m", "retry_scheduler", *arguments],
-        cwd=PROJECT,
-        env={"PATH": os.environ["PATH"], "HTTP_HOST": LOOPBACK, **environment},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-
 
 @pytest.fixture
 def environment(database: Database, broker_url: str) -> Environment:
     """Settings that are right."""
-    return {
-        "RABBITMQ_URL": broker_url,
-        "POSTGRES_HOST": database.host,
-        "POSTGRES_PORT": str(database.port),
-        "POSTGRES_DB": database.name,
-        "POSTGRES_USER": database.user,
-        "POSTGRES_PASSWORD": database.password,
-    }
+    return settings_for(database, broker_url)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +42,7 @@ def test_help_and_version_are_given_with_0(arguments: tuple[str, ...]) -> None:
     assert done.stdout != ""
 
 
-@pytest.mark.parametrize("command", ["run", "check", "migrate"])
+@pytest.mark.parametrize("command", ["run", "check", "migrate", "status", "archive"])
 def test_every_wrong_setting_is_named_at_once_with_78_and_no_secret_is_shown(
     command: str, tmp_path: Path
 ) -> None:

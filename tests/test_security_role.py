@@ -13,10 +13,10 @@ from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.errors import UnusableSchema
 from retry_scheduler.schema import inspect, migrate
 from tests import servers
+from tests.command import CONFIG, call
 from tests.factories import make_request, new_id
 from tests.service_process import PROJECT, MakeService, StartService
 from tests.table import Table
-from tests.test_command_line import CONFIG, call
 from tests.upstream import REVIEW_QUEUE, Upstream
 from tests.waiting import eventually
 

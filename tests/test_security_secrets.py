@@ -16,9 +16,9 @@ from retry_scheduler.demo.ports import LOOPBACK, free_ports
 from retry_scheduler.errors import BadSettings
 from retry_scheduler.service import Service, database_address
 from retry_scheduler.settings import load_settings
+from tests.command import CONFIG, OK, UNAVAILABLE, USAGE, call
 from tests.factories import make_request
 from tests.service_process import MakeService, ServiceProcess, StartService
-from tests.test_command_line import CONFIG, OK, UNAVAILABLE, USAGE, call
 from tests.tls_servers import CANARY, PASSWORD, Tenant
 from tests.waiting import eventually
 

@@ -15,10 +15,10 @@ from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from retry_scheduler.errors import BadSettings
 from retry_scheduler.settings import load_settings
+from tests.command import CONFIG, OK, UNAVAILABLE, call
 from tests.contract import ANSWERS_WITHIN_S
 from tests.factories import make_request
 from tests.service_process import MakeService, ServiceProcess, StartService
-from tests.test_command_line import CONFIG, OK, UNAVAILABLE, call
 from tests.tls_front import SSL_REQUEST
 from tests.tls_servers import CANARY, Tenant
 from tests.waiting import eventually

@@ -1,7 +1,18 @@
 """The scenarios, in the order of the report."""
 
 from benchmarks.scenario import Scenario
-from benchmarks.scenarios import backlog, burst, defaults, horizon, idle, instances, promise, punctual, soak
+from benchmarks.scenarios import (
+    archive,
+    backlog,
+    burst,
+    defaults,
+    horizon,
+    idle,
+    instances,
+    promise,
+    punctual,
+    soak,
+)
 
 ALL: list[Scenario] = [
     promise.SCENARIO,
@@ -14,4 +25,5 @@ ALL: list[Scenario] = [
     idle.SCENARIO,
     horizon.SCENARIO,
     soak.SCENARIO,
+    archive.SCENARIO,
 ]

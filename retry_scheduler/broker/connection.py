@@ -60,6 +60,12 @@ class Connection:
         raw.add_on_connection_unblocked_callback(lambda *_: self.on_blocked(False))
         channel.add_on_close_callback(lambda _, reason: self._note_closed(reason))
 
+    @property
+    def broker_version(self) -> str:
+        """What the broker calls its version, such as "3.10.8"; empty if it does not say."""
+        version = (self._raw.server_properties or {}).get("version", "")
+        return version.decode(errors="replace") if isinstance(version, bytes) else str(version)
+
     def publish(self, queue: str, properties: bytes, body: bytes) -> None:
         """Send a mandatory message through the default exchange.
 

@@ -1,4 +1,4 @@
-"""The SQL of this package: statements by name (`queries.sql`) and the numbered migrations.
+"""The SQL of this package: statements by name (`queries.sql`, `maintenance.sql`) and the numbered migrations.
 
 Reads files of the package; talks to no database.
 """
@@ -20,13 +20,16 @@ class Migration:
 
 @cache
 def _queries() -> dict[str, str]:
-    text = files(__package__).joinpath("queries.sql").read_text(encoding="utf-8")
-    pieces = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)
-    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+    found: dict[str, str] = {}
+    for name in ("queries.sql", "maintenance.sql"):
+        text = files(__package__).joinpath(name).read_text(encoding="utf-8")
+        pieces = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)
+        found |= zip(pieces[1::2], pieces[2::2], strict=True)
+    return found
 
 
 def query(name: str) -> str:
-    """Return the statement called `name` in queries.sql. Raises KeyError if there is none."""
+    """Return the statement called `name`. Raises KeyError if there is none."""
     return _queries()[name]
 
 
