@@ -208,12 +208,21 @@ def _checked_body(body: bytes) -> _Body:
 
 def _without_payload(body: bytes) -> bytes:
     """Return the body without its base64: most of its bytes, and no key can stand in them."""
-    key_at = body.find(_PAYLOAD_KEY)
-    opens_at = body.find(b'"', key_at + len(_PAYLOAD_KEY))
-    if key_at < 0 or body[key_at + len(_PAYLOAD_KEY) : opens_at].strip() != b":":
-        return body
-    closes_at = body.find(b'"', opens_at + 1)  # base64 holds no quote, and nothing that needs one
-    return body[: opens_at + 1] + body[closes_at:] if closes_at > 0 else body
+    kept = []
+    start = 0
+    while (key_at := body.find(_PAYLOAD_KEY, start)) >= 0:
+        after_key = key_at + len(_PAYLOAD_KEY)
+        opens_at = body.find(b'"', after_key)
+        if opens_at < 0 or body[after_key:opens_at].strip() != b":":
+            kept.append(body[start:after_key])
+            start = after_key
+            continue
+        closes_at = body.find(b'"', opens_at + 1)  # base64 holds no quote, and nothing that needs one
+        if closes_at < 0:
+            break
+        kept.append(body[start : opens_at + 1])
+        start = closes_at
+    return b"".join((*kept, body[start:]))
 
 
 def _carefully_checked_body(body: bytes) -> _Body:

@@ -28,9 +28,7 @@ json_values = st.recursive(
 )
 
 tricky_fields = st.tuples(names.filter(lambda name: name not in FIELDS), json_values)
-plain_fields = st.tuples(
-    st.just("note"), st.dictionaries(names.filter(lambda name: "payload" not in name), scalars)
-)
+plain_fields = st.tuples(st.just("note"), st.dictionaries(names, scalars))
 sometimes = st.sampled_from([False, False, True])
 
 uuids = st.uuids().flatmap(lambda uuid: st.sampled_from([str(uuid), str(uuid).upper()]))

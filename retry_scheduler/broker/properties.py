@@ -9,6 +9,7 @@ Field types: https://www.rabbitmq.com/amqp-0-9-1-errata#section_3
 
 import struct
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -93,7 +94,8 @@ def text_headers(raw: bytes, names: Collection[str]) -> dict[str, str]:
     try:
         for key, tag, value in _entries(raw):
             if key in wanted and tag == b"S":
-                found[key.decode()] = value.decode()
+                with suppress(UnicodeDecodeError):  # the next one may be text
+                    found[key.decode()] = value.decode()
     except (struct.error, IndexError, ValueError):
         pass
     return found

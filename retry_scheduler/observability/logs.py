@@ -46,12 +46,14 @@ POSTGRES_FAILED = "PostgreSQL health check failed"
 # At most this many lines wait for a reader that has stopped reading: about 20 MB.
 _MAX_WAITING = 50_000
 # A stranger's text must not make a line that no collector takes: 16 KiB is a common limit, and
-# escaping may make each character six bytes. Tracebacks are our own and may be longer.
+# escaping may make each character six bytes. What is still too long then is cut further.
 _MAX_TEXT = 1024
 _MAX_TRACEBACK = 8 * 1024
+MAX_LINE_BYTES = 16 * 1024
+_SHORTER = (2048, 512, 64)
 
 # Control characters of the second kind, Unicode's line and paragraph ends, marks of direction.
-_DECEPTIVE = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_DECEPTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
 class LineWriter:
@@ -169,7 +171,7 @@ class _Renderer:
     """Turns an event into one line of JSON that no message text can break."""
 
     def __init__(self, service: str) -> None:
-        self._encode = msgspec.json.Encoder(enc_hook=str).encode
+        self._encode = msgspec.json.Encoder().encode
         self._service = service
 
     def __call__(self, _: Any, __: str, event: MutableMapping[str, Any]) -> bytes:
@@ -180,13 +182,31 @@ class _Renderer:
         self, message: str, level: str, timestamp: str, entries: Iterable[Mapping[str, Any]]
     ) -> list[bytes]:
         """Return a line for each of `entries`, the fields of one event."""
-        common = {"timestamp": timestamp, "level": level, "message": message, "service": self._service}
+        common = {
+            "timestamp": timestamp,
+            "level": level,
+            "message": _bounded(message, _MAX_TEXT),
+            "service": self._service,
+        }
         start = self._encoded(common)[:-1]
         lines = []
-        for entry in entries:
-            fields = {name: _bounded(name, value) for name, value in entry.items()}
-            lines.append(start + b"," + self._encoded(fields)[1:] if fields else start + b"}")
+        for fields in entries:
+            line = self._line(start, fields, _MAX_TEXT, _MAX_TRACEBACK)
+            for most in _SHORTER:
+                if len(line) <= MAX_LINE_BYTES:
+                    break
+                line = self._line(start, fields, most, most)
+            lines.append(line)
         return lines
+
+    def _line(self, start: bytes, fields: Mapping[str, Any], most: int, most_of_traceback: int) -> bytes:
+        if not fields:
+            return start + b"}"
+        bounded = {
+            name: _bounded(value, most_of_traceback if name == "exception" else most)
+            for name, value in fields.items()
+        }
+        return start + b"," + self._encoded(bounded)[1:]
 
     def _encoded(self, fields: dict[str, Any]) -> bytes:
         try:
@@ -219,11 +239,12 @@ class _StandardHandler(logging.Handler):
             self.handleError(record)
 
 
-def _bounded(name: str, value: Any) -> Any:
-    if not isinstance(value, str) or len(value) <= _MAX_TEXT:
+def _bounded(value: Any, most: int) -> Any:
+    """Return a number as it is, and the text of anything else, cut to `most` characters."""
+    if value is None or isinstance(value, int | float):
         return value
-    most = _MAX_TRACEBACK if name == "exception" else _MAX_TEXT
-    return value[:most] + "..." if len(value) > most else value
+    text = value if isinstance(value, str) else str(value)
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _harmless(line: bytes) -> bytes:
