@@ -2,10 +2,12 @@
 
 What was received is handed out even if its connection has died since: the broker will deliver it
 again, and to have stored it by then is what makes the second delivery harmless. Only the
-acknowledgement is bound to the channel that delivered.
+acknowledgement is bound to the channel that delivered. Until it is stored the next connection asks for
+nothing: while PostgreSQL is away, each would bring the same messages once more, and memory would fill.
 
     connecting -> consuming -> (connection lost, or consumer cancelled because the queue was deleted)
-        -> connecting ...          `stop_consuming` ends it: no more arrives, acknowledging still works
+        -> connecting -> all stored that came before -> consuming ...
+    `stop_consuming` ends it: no more arrives, acknowledging still works
 """
 
 import asyncio
@@ -77,11 +79,13 @@ class IntakeLink:
         self._wanted = True
         self._arrived: deque[Delivery] = deque()
         self._something_arrived = asyncio.Event()
+        self._unstored = 0  # arrived, over whichever connection, and not acknowledged yet
+        self._all_stored = asyncio.Event()
 
     @property
     def up(self) -> bool:
-        """Whether the broker is delivering to us."""
-        return self._consumer_tag is not None
+        """Whether the broker is delivering to us, or will when what it has delivered before is stored."""
+        return self._connection is not None and (self._consumer_tag is not None or self._unstored > 0)
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
@@ -110,6 +114,9 @@ class IntakeLink:
         Batches must be acknowledged in the order they were taken. What came over a connection that
         has ended is passed over: its tags mean nothing to the new one.
         """
+        self._unstored -= len(batch)
+        if not self._unstored:
+            self._all_stored.set()
         for place in range(len(batch) - 1, -1, -1):
             delivery = batch[place]
             if delivery.connection is self._connection and not delivery.connection.closed.done():
@@ -141,6 +148,7 @@ class IntakeLink:
         self._connection = connection
         try:
             connection.channel.add_on_cancel_callback(lambda _: connection.cut("the queue was deleted"))
+            await self._wait_until_all_stored(connection)
             if self._wanted:
                 await self._consume(connection)
             raise Unavailable(SERVER, await asyncio.shield(connection.closed))
@@ -148,6 +156,17 @@ class IntakeLink:
             self._consumer_tag = None
             self._connection = None
             await connection.close()
+
+    async def _wait_until_all_stored(self, connection: Connection) -> None:
+        """Return also if the connection has ended meanwhile."""
+        if not self._unstored:
+            return
+        self._all_stored.clear()
+        stored = asyncio.ensure_future(self._all_stored.wait())
+        try:
+            await asyncio.wait((stored, connection.closed), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stored.cancel()
 
     async def _consume(self, connection: Connection) -> None:
         await connection.call(connection.channel.basic_qos, prefetch_count=self._prefetch)
@@ -161,6 +180,7 @@ class IntakeLink:
         self._consumer_tag = tag
 
     def _receive(self, connection: Connection, method: Any, properties: Any, body: bytes) -> None:
+        self._unstored += 1
         self._arrived.append(
             Delivery(
                 connection,
