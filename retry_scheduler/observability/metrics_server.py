@@ -28,6 +28,8 @@ MAX_CONNECTIONS = 20
 # The silent one's thread has to wake up and leave.
 MAKING_ROOM_TAKES_S = 0.5
 
+NEXT_TRY_TO_ACCEPT_S = 0.2
+
 
 class MetricsServer(ThreadingMixIn, TCPServer):
     """Stop it with `shutdown` and `server_close`. Not an HTTPServer, which asks the DNS for its own name."""
@@ -43,6 +45,15 @@ class MetricsServer(ThreadingMixIn, TCPServer):
         self._lock = threading.Lock()
         self._silent_since_s: dict[Any, float] = {}  # connections that have not asked yet, oldest first
         super().__init__((host, port), _Handler.factory(registry))
+
+    def get_request(self) -> Any:
+        """Accept a connection. Raises OSError, after a pause."""
+        try:
+            return super().get_request()
+        except OSError:
+            # Without a free file descriptor the caller stays in line, and asking again at once is a hot loop.
+            time.sleep(NEXT_TRY_TO_ACCEPT_S)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a new connection, or refuse it."""
