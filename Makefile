@@ -13,7 +13,7 @@ help:  ## Show this list
 demo: setup  ## Show the service at work with servers of its own (KEEP=1: until Ctrl-C)
 	@.venv/bin/retry-scheduler demo $(if $(KEEP),--keep)
 
-test: setup  ## Run all tests (ARGS="-k name" for some)
+test: setup setup-systemd  ## Run all tests (ARGS="-k name" for some)
 	@.venv/bin/python -m pytest $(ARGS)
 
 check: setup-python  ## Check format, lint, types, layers, dependencies and file lengths
@@ -24,6 +24,10 @@ bench: setup  ## Measure speed and lateness (ARGS=--all: beside yardsticks, half
 
 bench-docs: setup-python  ## Write docs/performance.md and its pictures from benchmarks/results/latest.json
 	@.venv/bin/python -m benchmarks.page
+
+wheel: setup-python  ## Build dist/retry_scheduler-*.whl, for docs/deployment.md
+	@.venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-input \
+		--no-deps --no-build-isolation --no-index --wheel-dir dist .
 
 peers:  ## Install what bench compares the service with into .venv-peers (PgQueuer, Celery)
 	@scripts/setup peers
@@ -49,3 +53,8 @@ setup:
 
 setup-python:
 	@scripts/setup python
+
+setup-systemd:
+	@scripts/setup systemd
+
+.PHONY: wheel setup-systemd
