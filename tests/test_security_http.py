@@ -9,10 +9,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Gauge, Metric
+from prometheus_client.registry import Collector
 
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
+from retry_scheduler.http_api import build_app
 from retry_scheduler.observability.metrics_server import MAX_CONNECTIONS, REQUEST_WITHIN_S, serve_metrics
 from tests.contract import ANSWERS_WITHIN_S
 from tests.factories import make_request
@@ -27,6 +30,7 @@ ANOTHER_ADDRESS = "127.0.0.2"
 CANARY = b"c4naryBird"
 LONG_HEADER = b"X-Long: " + b"y" * 20_000 + b"\r\n"
 MANY_HEADERS = b"".join(b"X-Header-%d: y\r\n" % number for number in range(200))
+LARGE_BYTES = 6_000_000
 GARBAGE = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03" + bytes(range(256)) + b"\r\n\r\n"
 
 # What is sent, and with which codes it may be answered.
@@ -87,6 +91,16 @@ def answer_to(port: int, words: bytes, *, half_close: bool = False) -> bytes:
         return answer
 
 
+def read_until(connection: socket.socket, end: bytes) -> bytes:
+    """Return what comes until it ends like that."""
+    answer = b""
+    while not answer.endswith(end):
+        piece = connection.recv(64 * 1024)
+        assert piece, answer
+        answer += piece
+    return answer
+
+
 async def test_every_request_gets_its_code_and_nothing_of_it_or_of_our_insides_comes_back(
     start_service: StartService,
 ) -> None:
@@ -136,20 +150,43 @@ async def test_pipelined_requests_are_answered_in_turn_and_half_closed_connectio
     assert {event["level"] for event in service.log_events()} == {"INFO"}
 
 
-async def test_a_body_without_end_is_cut_off(start_service: StartService) -> None:
+async def test_a_connection_may_ask_for_long_and_one_that_breaks_off_after_its_answer_is_closed(
+    start_service: StartService,
+) -> None:
     service = await start_service()
-    head = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000000\r\n\r\n"
+    request = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Padding: " + b"y" * 1000 + b"\r\n\r\n"
+    body_follows = b"POST /none HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    with socket.create_connection((LOOPBACK, service.http_port), timeout=10) as patient:
+        for _ in range(50):  # together far more than one request may have
+            patient.sendall(request)
+            assert read_until(patient, b"}}}").startswith(b"HTTP/1.1 200 ")
+        patient.sendall(body_follows)
+        assert read_until(patient, b"Not Found").startswith(b"HTTP/1.1 404 ")
+        patient.sendall(b"no chunk\r\n")
+        with suppress(ConnectionResetError):
+            assert patient.recv(64 * 1024) == b""
+
+    assert {event["level"] for event in service.log_events()} == {"INFO"}
+
+
+async def test_a_head_or_body_without_end_is_cut_off(start_service: StartService) -> None:
+    service = await start_service()
+    head = b"POST /health HTTP/1.1\r\nHost: x\r\n"
+    header = b"X-Padding: " + b"y" * 1000 + b"\r\n"
+    endless = (head, header * 50), (head + b"Content-Length: 1000000000000\r\n\r\n", b"y" * 50_000)
 
     for port in (service.http_port, service.metrics_port):
-        began = time.monotonic()
-        with (
-            pytest.raises((ConnectionResetError, BrokenPipeError)),
-            socket.create_connection((LOOPBACK, port), timeout=10) as connection,
-        ):
-            connection.sendall(head)
-            while time.monotonic() - began < REQUEST_WITHIN_S * 2:
-                connection.sendall(b"y" * 64 * 1024)
-        assert time.monotonic() - began < REQUEST_WITHIN_S / 2  # long before its time is over
+        for beginning, more in endless:
+            began = time.monotonic()
+            with (
+                pytest.raises((ConnectionResetError, BrokenPipeError)),
+                socket.create_connection((LOOPBACK, port), timeout=10) as connection,
+            ):
+                connection.sendall(beginning)
+                while time.monotonic() - began < REQUEST_WITHIN_S * 2:
+                    connection.sendall(more)
+            assert time.monotonic() - began < REQUEST_WITHIN_S - 1  # before its time is over
 
 
 async def test_the_ports_listen_where_the_setting_says_and_everywhere_by_default(
@@ -262,25 +299,55 @@ async def test_a_flood_at_both_ports_stops_neither_retries_nor_a_normal_reader(
     await eventually(lambda: open_files(service) <= files + 2, within=timedelta(seconds=10))
 
 
+async def test_a_bug_of_ours_shows_no_insides_to_who_asks() -> None:
+    async def check() -> None:
+        raise ZeroDivisionError(CANARY)
+
+    class Broken(Collector):
+        def describe(self) -> Iterator[Metric]:
+            yield from ()
+
+        def collect(self) -> Iterator[Metric]:
+            raise ZeroDivisionError(CANARY)
+
+    app = build_app("x", {"postgresql": check}, lambda: None)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False)) as client:
+        pages = [await client.get(f"http://x/{path}") for path in ("health", "ready")]
+    registry = CollectorRegistry()
+    registry.register(Broken())
+    (port,) = free_ports(1)
+    server = serve_metrics(registry, host=LOOPBACK, port=port, on_death=lambda error: None)
+    try:
+        metrics = answer_to(port, METRICS[0][0])
+    finally:
+        server.shutdown()
+        server.server_close()
+
+    assert [(page.status_code, page.text) for page in pages] == [(500, "Internal Server Error")] * 2
+    assert metrics == b""
+
+
 def test_readers_who_do_not_take_their_answer_make_room_for_those_who_do() -> None:
     registry = CollectorRegistry()
-    Gauge("large", "y" * 12_000_000, registry=registry)  # more than the kernel keeps for a reader
+    Gauge("large", "y" * LARGE_BYTES, registry=registry)  # more than the kernel keeps for a reader
     deaths: list[Exception] = []
     (port,) = free_ports(1)
     server = serve_metrics(registry, host=LOOPBACK, port=port, on_death=deaths.append)
     with ExitStack() as opened:
         opened.callback(server.server_close)
         opened.callback(server.shutdown)
-        for _ in range(MAX_CONNECTIONS):
-            deaf = opened.enter_context(socket.socket())
+        readers = [opened.enter_context(socket.socket()) for _ in range(MAX_CONNECTIONS)]
+        for deaf in readers:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.connect((LOOPBACK, port))
             deaf.sendall(METRICS[0][0])
+        for deaf in readers:
+            assert deaf.recv(1) == b"H"  # its answer is on the way
 
         began = time.monotonic()
         with urllib.request.urlopen(f"http://{LOOPBACK}:{port}/metrics", timeout=10) as answer:
             size = len(answer.read())
 
-    assert size > 12_000_000
+    assert size > LARGE_BYTES
     assert time.monotonic() - began < ANSWERS_WITHIN_S
     assert deaths == []
