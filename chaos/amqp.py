@@ -11,6 +11,7 @@ from typing import Any
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, NackError, UnroutableError
 
 from chaos.oplog import OperationLog
@@ -27,11 +28,12 @@ PAUSE_S = 0.2
 LOOK_EVERY_S = 0.2
 PREFETCH = 50
 
-_CONNECTION_LOST = (AMQPError, OSError)
+# The last one is no AMQPError: a broker that is frozen during the handshake.
+_CONNECTION_LOST = (AMQPError, OSError, AMQPConnectorException)
 
 
 def connect(url: str) -> BlockingConnection:
-    """Return an open connection. Raises AMQPError or OSError."""
+    """Return an open connection. Raises one of _CONNECTION_LOST."""
     parameters = pika.URLParameters(url)
     parameters.heartbeat = HEARTBEAT_S
     parameters.connection_attempts = 1

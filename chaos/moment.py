@@ -28,7 +28,8 @@ SELECT count(*) FROM retry_queue AS task JOIN retry_instance AS owner ON owner.i
 """
 _LOCK = "BEGIN; SET LOCAL lock_timeout = '3s'; LOCK TABLE retry_queue IN ACCESS EXCLUSIVE MODE"
 
-_TROUBLE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+# The last one comes when the server's farewell arrives in the middle of a statement.
+_TROUBLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 def strike_in_time(place: Place, strike: Strike, blow: Callable[[], None], *, pid: int) -> None:

@@ -6,11 +6,12 @@ causes lies inside.
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 
 from chaos.faults import FAULTS, Stage
 from chaos.oplog import OperationLog
-from chaos.schedule import Strike, target_of
+from chaos.schedule import INSTANCE, Strike, target_of
 
 
 class Nemesis:
@@ -20,6 +21,7 @@ class Nemesis:
         self._stage = stage
         self._log = log
         self._problems: list[Exception] = []
+        self._locks: defaultdict[tuple[str, int], threading.Lock] = defaultdict(threading.Lock)
 
     def run(self, strikes: Sequence[Strike]) -> None:
         """Return when the last strike is over and everything is healed.
@@ -30,7 +32,12 @@ class Nemesis:
         threads = []
         for strike in sorted(strikes):
             time.sleep(max(began + strike.at_s - time.monotonic(), 0))
-            thread = threading.Thread(target=self._strike, args=(strike,), name=strike.fault, daemon=True)
+            target = target_of(strike.fault)
+            # On a busy machine a server may still be starting when it should be struck again.
+            lock = self._locks[target, strike.instance if target == INSTANCE else 0]
+            thread = threading.Thread(
+                target=self._strike, args=(strike, lock), name=strike.fault, daemon=True
+            )
             thread.start()
             threads.append(thread)
         for thread in threads:
@@ -39,9 +46,13 @@ class Nemesis:
         if self._problems:
             raise ExceptionGroup("the nemesis failed", self._problems)
 
-    def _strike(self, strike: Strike) -> None:
+    def _strike(self, strike: Strike, one_at_a_time: threading.Lock) -> None:
+        with one_at_a_time:
+            self._break_and_heal(strike)
+
+    def _break_and_heal(self, strike: Strike) -> None:
         fields = {"fault": strike.fault, "target": target_of(strike.fault), "lasts_s": strike.lasts_s}
-        if fields["target"] == "instance":
+        if fields["target"] == INSTANCE:
             fields["instance"] = self._stage.instances[strike.instance].name
         operation = self._log.new_operation()
         self._log.write("fault", "invoke", operation=operation, **fields)

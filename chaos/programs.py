@@ -41,6 +41,11 @@ class Generator:
         """Begin."""
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still sends, or has died of an error."""
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """Send no more, and wait for what is being sent."""
         self._stop.set()

@@ -118,6 +118,8 @@ def _observe(
     Nemesis(Stage(place, instances), log).run(plan.strikes)
     healed_at = log.write("phase", "ok", name="healed")
     time.sleep(plan.after_s)
+    if not all([each.is_alive for each in consumers] + [each.is_alive for each in generators]):
+        raise RuntimeError("a program of this test has died: the trial proves nothing")
     stopping = [threading.Thread(target=generator.stop) for generator in generators]
     for thread in stopping:
         thread.start()
@@ -129,8 +131,6 @@ def _observe(
     monitor.stop()
     monitor.look("end")
     leaks = [leak for each in instances for leak in leaks_in(each.visible().encode(), f"{each.name} itself")]
-    if not all(consumer.is_alive for consumer in consumers):
-        raise RuntimeError("a consumer of this test has died: the trial proves nothing")
     for consumer in consumers:
         consumer.stop()
     return Ending(
