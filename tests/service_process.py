@@ -106,6 +106,11 @@ class ServiceProcess:
             )
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What the program was started with: also for its other commands."""
+        return dict(self._environment)
+
+    @property
     def is_running(self) -> bool:
         """Whether it was started and has not ended."""
         return self._process is not None and self._process.poll() is None
