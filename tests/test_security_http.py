@@ -310,7 +310,7 @@ async def test_a_bug_of_ours_shows_no_insides_to_who_asks() -> None:
         def collect(self) -> Iterator[Metric]:
             raise ZeroDivisionError(CANARY)
 
-    app = build_app("x", {"postgresql": check}, lambda: None)
+    app = build_app("x", {"postgresql": check}, lambda: None, lambda: None)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False)) as client:
         pages = [await client.get(f"http://x/{path}") for path in ("health", "ready")]
     registry = CollectorRegistry()
