@@ -72,10 +72,11 @@ async def archive_finished(
     began_s = time.monotonic()
     after_id, look_rows, rows, longest_s = _BEFORE_ALL, FIRST_ROWS, 0, 0.0
     async with database.session(settings=_SETTINGS) as connection:
-        statement = await connection.prepare(query("archive_finished"), timeout=CALL_TIMEOUT_S)
         while not stop.is_set():
             sent_at_s = time.monotonic()
-            (row,) = await statement.fetch(after_id, look_rows, retention, MOST_BYTES, timeout=CALL_TIMEOUT_S)
+            (row,) = await connection.fetch(
+                query("archive_finished"), after_id, look_rows, retention, MOST_BYTES, timeout=CALL_TIMEOUT_S
+            )
             took_s = time.monotonic() - sent_at_s
             longest_s = max(longest_s, took_s)
             rows += row["moved"]

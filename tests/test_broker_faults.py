@@ -153,7 +153,13 @@ async def test_what_the_broker_refuses_at_run_time_is_named_and_waited_for_witho
     mending(broker)
     mended_at = time()
     ids.append(new_id())
-    broker.upstream.ask(make_request(message_id=ids[-1]))
+
+    def asked() -> bool:
+        """A new virtual host has no queue before the service is back."""
+        broker.upstream.ask(make_request(message_id=ids[-1]))
+        return True
+
+    await eventually(asked, within=HEALED_WITHIN)
     recovered_s = await first_retry_s(table, mended_at)
     await broker.upstream.filled("orders", len(ids))
     await eventually(table.settled, within=timedelta(seconds=10))

@@ -98,7 +98,7 @@ def _transaction(oldest: OldestTransaction) -> str:
     if oldest.replication_slot_age:
         said += f"; a replication slot needs the last {oldest.replication_slot_age:,} transactions"
     if oldest.hidden_sessions:
-        said += f"; {oldest.hidden_sessions} sessions hidden from this role (GRANT pg_read_all_stats)"
+        said += f"; {oldest.hidden_sessions} sessions hidden from this role (see docs/operations.md)"
     return said
 
 
