@@ -39,7 +39,7 @@ events = 0
 for text in json.load(sys.stdin):
     log.info("Event", error_reason=text)
     log.warning("Event", error=text, reason=text)
-    log.info("Event", nested=[{"text": text}])
+    log.info("Event", nested=[{"text": text}, text])
     logs.info_lines("Event", [{"error_reason": text, "original_queue": text[:255]}] * 2)
     logging.getLogger("library").warning("%s", text)
     logging.getLogger("library").error(text)

@@ -49,8 +49,9 @@ _MAX_WAITING = 50_000
 # escaping may make each character six bytes. What is still too long then is cut further.
 _MAX_TEXT = 1024
 _MAX_TRACEBACK = 8 * 1024
+_MAX_ITEMS = 20
 MAX_LINE_BYTES = 16 * 1024
-_SHORTER = (2048, 512, 64)
+_SHORTER = (512, 64)
 
 # Control characters of the second kind, Unicode's line and paragraph ends, marks of direction.
 _DECEPTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
@@ -240,9 +241,11 @@ class _StandardHandler(logging.Handler):
 
 
 def _bounded(value: Any, most: int) -> Any:
-    """Return a number as it is, and the text of anything else, cut to `most` characters."""
+    """Return numbers as they are, lists item by item, and of anything else at most `most` characters."""
     if value is None or isinstance(value, int | float):
         return value
+    if isinstance(value, list | tuple):
+        return [_bounded(item, most) for item in value[:_MAX_ITEMS]]
     text = value if isinstance(value, str) else str(value)
     return text if len(text) <= most else text[:most] + "..."
 
@@ -255,6 +258,8 @@ def _harmless(line: bytes) -> bytes:
 
 
 def _encodable(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
