@@ -15,7 +15,7 @@ demo: setup-servers  ## Show the service at work with servers of its own (KEEP=1
 	@.venv/bin/retry-scheduler demo $(if $(KEEP),--keep)
 
 test: setup  ## Run all tests (ARGS="-k name" for some)
-	@.venv/bin/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+	@scripts/test $(ARGS)
 
 check: setup-python  ## Check format, lint, types, layers, dependencies and file lengths
 	@scripts/check

@@ -285,6 +285,9 @@ async def test_connections_cut_again_and_again_under_load_cost_nothing(
         load.finish()
     await eventually(lambda: service.ready().status == 200, within=timedelta(seconds=10))
     await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0, within=timedelta(seconds=20))
+    # What has been delivered and not stored yet is in neither place.
+    stored = f"SELECT count(*) >= {len(load.accepted)} FROM retry_queue"
+    await eventually(lambda: table.value(stored), within=timedelta(seconds=20))
     await eventually(table.settled, within=timedelta(seconds=20))
 
     messages = upstream.take("orders")
