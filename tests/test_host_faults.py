@@ -65,7 +65,7 @@ async def test_without_file_descriptors_the_service_waits_and_goes_on_when_there
             to_postgres.heal()
             await crowd(service, ports, seconds=7)
             share = watch.cpu_share
-            watch.assert_calm(tries_per_s=10)
+            watch.assert_calm()
             resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (1024, hard))
             freed_at = time()
             recovered_s = await first_retry_s(table, freed_at)

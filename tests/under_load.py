@@ -149,13 +149,10 @@ class Watch:
         moments = [moment for moment, said, _ in self._complaints() if said == message]
         return round(moments[0] - self._began_s, 1) if moments else None
 
-    def assert_calm(self, *, tries_per_s: int = 2) -> None:
-        """Assert that no loop ran hot: neither in the log nor on the processor.
-
-        tries_per_s: 2 while a server is away. Where some tries succeed, pauses begin anew at 0.1 s.
-        """
-        # A handful of quick tries, then about one a second from each of those that need the server.
-        at_most = 8 + tries_per_s * self.lasted_s
+    def assert_calm(self) -> None:
+        """Assert that no loop ran hot: neither in the log nor on the processor."""
+        # A handful of quick tries, then one a second from each of those that need the server.
+        at_most = 8 + 2 * self.lasted_s
         assert all(count <= at_most for count in self.complaints().values()), self.complaints()
         assert self.lasted_s < 3 or self.cpu_share < 0.5
 
