@@ -112,6 +112,9 @@ def _sizing(measured: Mapping[str, Figures]) -> dict[str, float]:
     if backlog := measured.get("backlog"):
         sizing["bytes_per_row"] = backlog["bytes_per_row"]
         sizing["million_rows_per_gb"] = 1e9 / backlog["bytes_per_row"] / 1e6
+    if soak := measured.get("soak"):
+        memory_mb = soak["resident_mb"]
+        sizing["soak_growth"] = soak["grown_mb"] / memory_mb[min(1, len(memory_mb) - 1)]
     return sizing
 
 

@@ -33,7 +33,8 @@ def _rows(figures: Figures) -> list[Row]:
         Row(
             f"retry-scheduler at {figures['rate_per_s']:,}/s",
             f"p99 {figures['last_ms']:.1f} ms in the last {figures['edge_minutes']} minutes",
-            f"{figures['first_ms']:.1f} ms in the first {figures['edge_minutes']} of {figures['minutes']};"
+            f"{figures['first_ms']:.1f} ms in the first {figures['edge_minutes']} of {figures['minutes']}"
+            " (medians of each minute's p99);"
             f" memory {figures['grown_mb']:+.1f} MB; {figures['duplicates']} duplicates",
         )
     ]
