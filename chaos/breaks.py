@@ -14,7 +14,6 @@ from typing import Any
 import pika.channel
 
 import retry_scheduler.consumer as consumer_module
-import retry_scheduler.settlement as settlement_module
 import retry_scheduler.sql as sql_module
 from retry_scheduler import database, messages
 from retry_scheduler.broker.confirms import ConfirmBatch, ConfirmLedger, Outcome
@@ -25,6 +24,7 @@ from retry_scheduler.errors import MalformedRequest, Unavailable
 from retry_scheduler.messages import RetryRequest
 from retry_scheduler.presence import Presence
 from retry_scheduler.repository import Attempt, Repository, Stored
+from retry_scheduler.settlement import Settler
 
 
 def _change_statement(name: str, *changes: tuple[str, str]) -> None:
@@ -161,13 +161,13 @@ def compute_due_times_by_own_clock() -> None:
 
 
 def swallow_errors_when_settling() -> None:
-    async def once(call: Callable[[], Awaitable[Any]], failed: str) -> Any:
+    async def once(self: Settler, call: Callable[[], Awaitable[Any]]) -> Any:
         try:
             return await call()
         except Unavailable:
             return set()
 
-    settlement_module._until_possible = once
+    Settler._until_possible = once  # type: ignore[method-assign]
 
 
 def commit_asynchronously() -> None:

@@ -266,8 +266,8 @@ def _start_tracing(settings: "Settings") -> "Tracing | None":
 
 
 def _database(settings: "Settings") -> "Database":
+    from retry_scheduler.assembly import database_address
     from retry_scheduler.database import Database
-    from retry_scheduler.service import database_address
 
     return Database(database_address(settings), pool_min=0, pool_max=1)
 

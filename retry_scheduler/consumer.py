@@ -33,6 +33,7 @@ from retry_scheduler.errors import DataRefused, MalformedRequest, Unavailable
 from retry_scheduler.messages import RetryRequest, parse_request, storable_text
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
+from retry_scheduler.outage import OutageBackoff
 from retry_scheduler.repository import Attempt, Malformed, Repository, Stored
 from retry_scheduler.supervision import STEP_AT_LEAST_EVERY_S, Progress
 
@@ -40,10 +41,6 @@ if TYPE_CHECKING:  # loading it would load OpenTelemetry
     from retry_scheduler.observability.tracing import Tracing
 
 log = structlog.get_logger()
-
-# While PostgreSQL is away: soon enough to be back within a second, seldom enough to cost nothing.
-FIRST_PAUSE_S = 0.1
-LAST_PAUSE_S = 1.0
 
 # W3C trace context allows 512 characters of tracestate at least; longer ones may be dropped.
 TRACE_HEADERS = ("traceparent", "tracestate")
@@ -83,6 +80,7 @@ class Consumer:
         self._progress = progress
         self._on_malformed = on_malformed
         self._tracing = tracing
+        self._outage = OutageBackoff()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then ask for no more and store what had been sent to us before."""
@@ -147,7 +145,6 @@ class Consumer:
 
     async def _persist(self, batch: Sequence[Delivery]) -> None:
         """Store one batch, however long PostgreSQL is away: it is in the broker's hands until then."""
-        pause_s = FIRST_PAUSE_S
         again = False
         while True:
             self._progress.moved(LOOP)
@@ -156,8 +153,7 @@ class Consumer:
             except Unavailable as problem:
                 log.error(logs.SAVE_FAILED, messages=len(batch), error=str(problem))
             again = True
-            await asyncio.sleep(pause_s)
-            pause_s = min(pause_s * 2, LAST_PAUSE_S)
+            await self._outage.wait()
 
     def _read(self, delivery: Delivery) -> RetryRequest:
         request = parse_request(

@@ -27,6 +27,9 @@ STATEMENT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = STATEMENT_TIMEOUT_S + 1.0
 ACQUIRE_TIMEOUT_S = 2.0
 CONNECT_TIMEOUT_S = 5.0
+# A message may have 128 MiB, and a statement that moves one takes longer: so much longer, where the
+# link or the disk is as slow as this.
+SLOWEST_BYTES_PER_S = 2 * 1024 * 1024
 # /health promises an answer within 2 s, whatever hangs.
 PROBE_TIMEOUT_S = 1.5
 
@@ -122,13 +125,19 @@ class Database:
         except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             pool.terminate()
 
-    async def fetch(self, name: str, *arguments: Any) -> list[asyncpg.Record]:
+    async def fetch(self, name: str, *arguments: Any, moved_bytes: int = 0) -> list[asyncpg.Record]:
         """Run the statement `name` of sql/ and return its rows.
 
+        moved_bytes: in the arguments or the rows; what is large may take longer.
         Raises Unavailable (wait and repeat) or DataRefused (repeating cannot help).
         """
+        more_s = moved_bytes // SLOWEST_BYTES_PER_S
         with _sorted_errors():
-            async with self._connection(acquire_s=ACQUIRE_TIMEOUT_S, use_s=CALL_TIMEOUT_S) as connection:
+            async with self._connection(
+                acquire_s=ACQUIRE_TIMEOUT_S, use_s=CALL_TIMEOUT_S + more_s
+            ) as connection:
+                if more_s:
+                    return await _fetch_slowly(connection, name, arguments, STATEMENT_TIMEOUT_S + more_s)
                 return await connection.fetch(query(name), *arguments)
 
     async def _note_connection(self, connection: Any) -> None:
@@ -223,6 +232,23 @@ class Database:
             "timeout": CONNECT_TIMEOUT_S,
             "server_settings": SESSION,
         }
+
+
+async def _fetch_slowly(
+    connection: "PoolConnectionProxy[asyncpg.Record]", name: str, arguments: Sequence[Any], within_s: float
+) -> list[asyncpg.Record]:
+    # While its arguments are on their way, the session is idle in the transaction.
+    await connection.execute(
+        f"BEGIN; SET LOCAL statement_timeout = '{within_s:.0f}s';"
+        f" SET LOCAL idle_in_transaction_session_timeout = '{within_s:.0f}s'"
+    )
+    try:
+        rows = await connection.fetch(query(name), *arguments)
+    except BaseException:
+        connection.terminate()  # and the transaction with it
+        raise
+    await connection.execute("COMMIT")
+    return rows
 
 
 # A connection that did not answer in time: giving it back would wait until the server has cancelled

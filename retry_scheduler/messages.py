@@ -88,8 +88,10 @@ class ClaimedRetry(msgspec.Struct):
     """An attempt that is due and lent to this instance.
 
     claims: the fence; whoever settles the row must name it. claims_unsettled: claims in a row without
-    an outcome, this one included. payload: None if an operator deleted it.
-    late_s: seconds between its due time and the claim, by the database's clock.
+    an outcome, this one included. payload: None if it was too large to come along (payload_bytes tells),
+    or an operator deleted it.
+    late_s: seconds between its due time and the claim, by the database's clock. more: whether more was
+    due than the same claim could lend.
     """
 
     id: int
@@ -104,7 +106,9 @@ class ClaimedRetry(msgspec.Struct):
     traceparent: str | None
     tracestate: str | None
     payload: bytes | None
+    payload_bytes: int
     late_s: float
+    more: bool
 
     @property
     def retry_id(self) -> str:

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from retry_scheduler.assembly import database_address
 from retry_scheduler.broker.topology import QueueShape, queue_shape, queue_states
 from retry_scheduler.database import SESSION, Database
 from retry_scheduler.errors import Unavailable, UnusableSchema
 from retry_scheduler.schema import INSPECT_WITHIN_S, SchemaState, inspect
-from retry_scheduler.service import database_address
 from retry_scheduler.settings import Settings
 from retry_scheduler.sql import query
 

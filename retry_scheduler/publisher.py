@@ -6,7 +6,7 @@ Section 3 of the contract is here. Which of the two ways a message takes is the 
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 
@@ -26,6 +26,10 @@ UNPUBLISHABLE_AFTER = ALONE_AFTER + 3
 WITHOUT_PAYLOAD_AFTER = UNPUBLISHABLE_AFTER + 3
 
 SPARE_LINK_TIMEOUT_S = 5.0
+
+# What is held for a queue that hangs is looked at again so soon, and at random up to twice that.
+SHORTEST_HOLD = timedelta(seconds=0.25)
+LONGEST_HOLD = timedelta(seconds=10)
 
 # (place, outcome) of publications whose fate is known by now.
 Wave = list[tuple[int, Outcome]]
@@ -54,6 +58,7 @@ def retry_publication(task: ClaimedRetry) -> Publication:
         key=retry_id,
         properties=encode_properties(headers, message_id=task.message_id),
         body=task.payload,
+        claim=task.claims,
     )
 
 
@@ -89,6 +94,7 @@ def review_publication(task: ClaimedRetry, reason: str, queue: str, *, with_payl
         key=task.retry_id,
         properties=encode_properties(headers, message_id=task.message_id, content_type="application/json"),
         body=_encode_json(body),
+        claim=task.claims,
     )
 
 
@@ -115,6 +121,7 @@ def quarantine_publication(kept: ClaimedQuarantine, queue: str, *, with_payload:
         key=kept.retry_id,
         properties=encode_properties(headers, content_type="application/json"),
         body=_encode_json(body),
+        claim=kept.claims,
     )
 
 
@@ -155,6 +162,15 @@ class Publisher:
             for item in kept
         ]
         return self._send(publications, [item.claims_unsettled for item in kept], still_ours)
+
+    def hold(self, task: ClaimedRetry | ClaimedQuarantine, reason: str | None) -> timedelta:
+        """Return when to look again at a destination that does not confirm: later, the longer it has not."""
+        if isinstance(task, ClaimedRetry) and reason is None:
+            queue = task.original_queue
+        else:
+            queue = self._review_queue
+        open_s = self._link.open_for_s(queue)
+        return min(max(timedelta(seconds=open_s / 2), SHORTEST_HOLD), LONGEST_HOLD)
 
     async def restore_queues(self) -> None:
         """Create the manual review queue again, which seems to have been deleted. Raises Unavailable."""

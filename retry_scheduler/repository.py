@@ -18,6 +18,11 @@ from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry, RetryReque
 
 Attempt = tuple[str, int]
 
+# A claim brings 16 MiB at most, in time over any link that carries 4 MiB/s; one large payload alone may
+# have 128 MiB.
+LARGE_BYTES = 1024 * 1024
+ANY_BYTES = 2**31 - 1
+
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -52,6 +57,7 @@ class Lease(msgspec.Struct, frozen=True):
     owner: the claiming instance. lasts: until others may take the row although the owner is in the
     register. limit_rows, limit_bytes: at least one row comes whatever its size, then as many as fit.
     floor: nothing that is pending is due before it. in_hand: ids that the owner knows to hold.
+    limit_payload_bytes: rows with a larger payload are passed over.
     """
 
     owner: UUID
@@ -60,6 +66,7 @@ class Lease(msgspec.Struct, frozen=True):
     limit_bytes: int
     floor: datetime = LONG_AGO
     in_hand: Collection[int] = ()
+    limit_payload_bytes: int = ANY_BYTES
 
 
 class Settlement(msgspec.Struct):
@@ -132,6 +139,7 @@ class Repository:
             [request.traceparent for request in requests],
             [request.tracestate for request in requests],
             [request.intake_id for request in requests],
+            moved_bytes=sum(len(request.payload) for request in requests),
         )
         return {
             (str(message_id), retry_count): Stored(next_retry_at, due_in)
@@ -172,15 +180,30 @@ class Repository:
             [item.raw_properties for item in malformed],
             [item.redelivered for item in malformed],
             [item.intake_id for item in malformed],
+            moved_bytes=sum(len(item.raw_body) for item in malformed),
         )
         return [row[0] for row in rows]
 
     async def claim_due(self, lease: Lease) -> list[ClaimedRetry]:
-        """Borrow due attempts, the oldest ones, in no promised order; perhaps none."""
+        """Borrow due attempts, the oldest ones, in no promised order; perhaps none.
+
+        Payloads above LARGE_BYTES are left to `payload`: one that takes long to arrive must
+        not keep the others from being claimed.
+        """
         rows = await self._database.fetch(
-            "claim_due", *_claim_arguments(lease), lease.floor, list(lease.in_hand)
+            "claim_due",
+            *_claim_arguments(lease),
+            lease.floor,
+            list(lease.in_hand),
+            LARGE_BYTES,
+            lease.limit_payload_bytes,
         )
         return [ClaimedRetry(row[0], row[1], str(row[2]), *row[3:]) for row in map(tuple, rows)]
+
+    async def payload(self, task: ClaimedRetry) -> bytes | None:
+        """Return the payload that was too large to come with the claim; None if it has been deleted."""
+        rows = await self._database.fetch("payload", task.id, moved_bytes=task.payload_bytes)
+        return rows[0]["payload"] if rows else None
 
     async def complete(self, settlements: Sequence[Settlement]) -> set[int]:
         """Settle rows for good, and return the ids of those that were still ours."""
@@ -238,21 +261,26 @@ class Repository:
         rows = await self._database.fetch("bury_instances", list(beats), list(beats.values()))
         return [row["name"] for row in rows]
 
-    async def beat(self, owner: UUID, look_ahead: timedelta, floor: datetime) -> Sighting | None:
+    async def beat(
+        self, owner: UUID, look_ahead: timedelta, floor: datetime, in_hand: Collection[int] = ()
+    ) -> Sighting | None:
         """Show that `owner` is alive and look at the table. None: not registered, or marked as gone.
 
-        floor: nothing that is pending is due before it.
+        floor: nothing that is pending is due before it. in_hand: ids that `owner` knows to hold.
         """
-        rows = await self._database.fetch("beat", owner, look_ahead, floor)
+        rows = await self._database.fetch("beat", owner, look_ahead, floor, list(in_hand))
         if not rows:
             return None
         row = rows[0]
         beats = {UUID(bytes=id_.bytes): beat for id_, beat in zip(row["ids"], row["beats"], strict=True)}
         return Sighting(beats, row["due_now"], row["quarantined"], row["coming"])
 
-    async def search_floor(self) -> datetime:
-        """Return a due time below which nothing is pending, nor will be unless an operator says so."""
-        floor: datetime = (await self._database.fetch("search_floor"))[0]["floor"]
+    async def search_floor(self, begin: datetime) -> datetime:
+        """Return a due time below which nothing is pending, nor will be unless an operator says so.
+
+        begin: where to search from; what is due before it is not seen.
+        """
+        floor: datetime = (await self._database.fetch("search_floor", begin))[0]["floor"]
         return floor
 
     async def queue_figures(self) -> tuple[int, float]:

@@ -24,9 +24,10 @@ from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
+from retry_scheduler.outage import OutageBackoff
 from retry_scheduler.presence import BEAT_EVERY, Presence
 from retry_scheduler.publisher import travels_alone
-from retry_scheduler.repository import LONG_AGO, Lease, Repository
+from retry_scheduler.repository import ANY_BYTES, LARGE_BYTES, LONG_AGO, Lease, Repository
 from retry_scheduler.settlement import Settler
 from retry_scheduler.supervision import STEP_AT_LEAST_EVERY_S, Progress
 
@@ -34,13 +35,18 @@ log = structlog.get_logger()
 
 # Rows claimed and not settled: the most duplicates that the death of one instance can cause.
 MAX_OUTSTANDING = 512
-MAX_QUARANTINED_IN_HAND = 64
-MAX_IN_HAND = MAX_OUTSTANDING - MAX_QUARANTINED_IN_HAND
+# RabbitMQ lets a channel hand 400 messages to a queue that does not answer; with one more it reads
+# nothing from that connection any more, and everybody waits for the queue that hangs.
+MAX_IN_HAND = 384
+# What waits for slow queues may fill the hand: so many more are for the other queues then.
+MORE_IN_HAND = 64
+MAX_QUARANTINED_IN_HAND = MAX_OUTSTANDING - MAX_IN_HAND - MORE_IN_HAND
 
 # Half of what may be in hand, so that one batch is published while another is settled.
 CLAIM_ROWS = MAX_IN_HAND // 2
 CLAIM_BYTES = 16 * 1024 * 1024
-# Each byte in hand is in memory about three times while it is on its way to a broker that is slow.
+# Each byte in hand is in memory about three times while it is on its way to a broker that is slow. Large
+# payloads are counted apart, so that they do not keep the others waiting.
 MAX_HELD_BYTES = 2 * CLAIM_BYTES
 
 # Only a fallback, should a living instance lose sight of a row: the rows of one that has stopped
@@ -54,14 +60,14 @@ LOOK_AHEAD = timedelta(seconds=HORIZON_S)
 # Walking over some ten thousand dead index entries takes about this long.
 SLOW_SEARCH_S = 0.02
 
+# It may take as long as a statement may, and fail: while many dead entries remain, not every time.
+SEARCH_ALL_EVERY_S = 60.0
+
 # Less than the time between two beats, which wake the claiming loop.
 PROBE_EVERY_S = 0.5
 
 # However short the poll interval is set: each beat is a transaction.
 SHORTEST_BEAT_S = 0.1
-
-FIRST_PAUSE_S = 0.1
-LAST_PAUSE_S = 1.0
 
 
 class Scheduler:
@@ -93,7 +99,7 @@ class Scheduler:
         self._poll_interval_s = poll_interval.total_seconds()
         self._progress = progress
         self._held: dict[int, int] = {}  # id -> claims
-        self._held_bytes = 0
+        self._held_bytes = {False: 0, True: 0}  # of payloads that are large, and of the others
         self._deliveries: set[asyncio.Task[None]] = set()
         self._changed = link.changed  # also set when anything else changes that claiming waits for
         self._quarantined = asyncio.Event()
@@ -140,33 +146,30 @@ class Scheduler:
         claimed_at_s = time.monotonic()
         lease = self._lease(limit_rows)
         tasks = await self._repository.claim_due(lease)
-        size = sum(len(task.payload or b"") for task in tasks)
         if tasks:
             self._claimed_since_search = True
             self._held.update((task.id, task.claims) for task in tasks)
-            self._held_bytes += size
-            lonely = [task for task in tasks if travels_alone(task.claims_unsettled)]
-            others = [task for task in tasks if not travels_alone(task.claims_unsettled)]
-            for batch in filter(None, (others, lonely)):
+            for batch in _batches(tasks):
+                self._held_bytes[_is_large(batch[0])] += sum(task.payload_bytes for task in batch)
                 delivery = asyncio.create_task(
                     self._deliver(batch, claimed_at_s, lease.owner), name="delivery"
                 )
                 self._deliveries.add(delivery)
                 delivery.add_done_callback(self._deliveries.discard)
-        return len(tasks) == limit_rows or size > CLAIM_BYTES // 2
+        return bool(tasks) and tasks[0].more
 
     async def beat_once(self) -> None:
         """Show that this instance is alive, and learn what is coming. Raises Unavailable."""
         sent_at_s = time.monotonic()
         presence = self._presence
         failpoints.reach("before_beat")
-        sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor)
+        sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor, self._held)
         if sighting is None:  # just started, or buried by another instance
             presence.renew()
             await self._repository.join_instances(presence.id, self._name)
             self._progress.moved("beat")
             sent_at_s = time.monotonic()
-            sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor)
+            sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor, self._held)
             if sighting is None:
                 return
         presence.beaten(sent_at_s)
@@ -186,21 +189,19 @@ class Scheduler:
             self._quarantined.set()
 
     async def _deliver_due(self, stop: asyncio.Event) -> None:
-        pause_s = FIRST_PAUSE_S
+        outage = OutageBackoff()
         while not stop.is_set():
             self._progress.moved("claim")
-            if not await self._agenda.wait(min(self._poll_interval_s, STEP_AT_LEAST_EVERY_S)):
+            if not await self._agenda.wait(STEP_AT_LEAST_EVERY_S):
                 continue
             try:
                 while not stop.is_set():
                     await self._wait_until_claimable(stop)
                     if stop.is_set() or not await self.run_once():
                         break
-                pause_s = FIRST_PAUSE_S
             except Unavailable as problem:
                 log.error(logs.CLAIM_FAILED, error=problem.problem)
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, LAST_PAUSE_S)
+                await outage.wait()
                 self._agenda.expect((0.0,))  # what was due is due still
 
     def _claimable(self) -> int:
@@ -209,18 +210,21 @@ class Scheduler:
         None while paused, our leases cannot be trusted, the broker takes no messages, or less than half a
         hand is free, in rows or in bytes. One through a connection that has not proven itself; as many
         again with each beat that brings no confirm, since perhaps only the queue of the first ones hangs.
+        A few more if slow queues fill the hand; the link holds what else is for those.
         """
         now_s = time.monotonic()
         if self._paused or self._presence.fenced(now_s) or not self._link.ready:
             return 0
-        if self._held_bytes > MAX_HELD_BYTES:
+        if self._held_bytes[False] > MAX_HELD_BYTES:
             return 0
         if not self._link.proven:
             if self._held and now_s - self._probed_at_s < PROBE_EVERY_S:
                 return 0
             return min(max(len(self._held), 1), MAX_IN_HAND - len(self._held), CLAIM_ROWS)
         room = MAX_IN_HAND - len(self._held)
-        return min(room, CLAIM_ROWS) if room >= CLAIM_ROWS else 0
+        if room >= CLAIM_ROWS:
+            return CLAIM_ROWS
+        return max(room + MORE_IN_HAND, 0) if self._link.slow >= MAX_IN_HAND - CLAIM_ROWS else 0
 
     async def _wait_until_claimable(self, stop: asyncio.Event) -> None:
         self._progress.moved("claim")
@@ -236,6 +240,7 @@ class Scheduler:
             return time.monotonic() - claimed_at_s < PUBLISH_BEFORE_S and self._trusts_leases_of(owner)
 
         in_hand = {task.id for task in tasks}
+        large = _is_large(tasks[0])
 
         def put_down(settled: Iterable[ClaimedRetry]) -> None:
             for task in settled:
@@ -244,12 +249,16 @@ class Scheduler:
                     del self._held[task.id]
                 if task.id in in_hand:
                     in_hand.discard(task.id)
-                    self._held_bytes -= len(task.payload or b"")
+                    self._held_bytes[large] -= task.payload_bytes
+            if large:
+                self._agenda.expect((0.0,))  # others like it may have been passed over
             self._changed.set()
 
         try:
             failpoints.reach("after_claim")
-            if still_ours():
+            if not await self._get_payloads(tasks):
+                await self._settler.put_off(tasks)
+            elif still_ours():
                 await self._settler.deliver(tasks, claimed_at_s, still_ours=still_ours, on_settled=put_down)
             else:
                 await self._settler.give_back(tasks)
@@ -259,7 +268,18 @@ class Scheduler:
         finally:
             put_down(tasks)
 
+    async def _get_payloads(self, tasks: list[ClaimedRetry]) -> bool:
+        """Get what was too large to come with the claim. Returns False if PostgreSQL does not deliver it."""
+        for task in filter(_is_large, tasks):
+            try:
+                task.payload = await self._repository.payload(task)
+            except Unavailable as problem:
+                log.error(logs.CLAIM_FAILED, error=problem.problem, payload_bytes=task.payload_bytes)
+                return False
+        return True
+
     async def _deliver_quarantined(self, stop: asyncio.Event) -> None:
+        failures = OutageBackoff()
         while not stop.is_set():
             await self._quarantined.wait()
             self._quarantined.clear()
@@ -278,7 +298,7 @@ class Scheduler:
                 log.error(logs.QUARANTINE_CLAIM_FAILED, error=problem.problem)
             except Exception:  # a bug of ours: the next claim takes these rows again, after a pause
                 log.exception(logs.QUARANTINE_CLAIM_FAILED)
-                await asyncio.sleep(LAST_PAUSE_S)
+                await failures.wait()
 
     async def _beat_until(self, settled: asyncio.Event) -> None:
         while not settled.is_set():
@@ -299,20 +319,27 @@ class Scheduler:
 
         It has when many settled rows wait for a vacuum that some old transaction holds up. Usually
         there is no floor, and a row that an operator has moved far into the past is found by the
-        next look; with a floor it is found by the next search.
+        next look. With a floor it is found by the next search from the start, if that gets through;
+        the searches between begin at the floor and only raise it.
         """
+        searched_all_at_s = float("-inf")
         while True:
-            await asyncio.sleep(self._poll_interval_s)
-            if not self._claimed_since_search and self._floor == LONG_AGO:
+            await asyncio.sleep(max(self._poll_interval_s, SHORTEST_BEAT_S))
+            known = self._floor != LONG_AGO
+            if not self._claimed_since_search and not known:
                 continue
             self._claimed_since_search = False
             began_s = time.monotonic()
+            from_floor = known and began_s - searched_all_at_s < SEARCH_ALL_EVERY_S
+            if not from_floor:
+                searched_all_at_s = began_s
             try:
-                floor = await self._repository.search_floor()
+                floor = await self._repository.search_floor(self._floor if from_floor else LONG_AGO)
             except Unavailable as problem:  # the floor that is known holds until the next search
                 log.error(logs.CLAIM_FAILED, error=problem.problem)
                 continue
-            self._floor = floor if time.monotonic() - began_s > SLOW_SEARCH_S else LONG_AGO
+            slow = time.monotonic() - began_s > SLOW_SEARCH_S
+            self._floor = floor if slow or from_floor else LONG_AGO
 
     async def _wake_everybody_at(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -328,4 +355,29 @@ class Scheduler:
         return owner == self._presence.id and not self._presence.fenced(time.monotonic())
 
     def _lease(self, limit_rows: int) -> Lease:
-        return Lease(self._presence.id, LEASE, limit_rows, CLAIM_BYTES, self._floor, frozenset(self._held))
+        return Lease(
+            self._presence.id,
+            LEASE,
+            limit_rows,
+            CLAIM_BYTES,
+            self._floor,
+            frozenset(self._held),
+            LARGE_BYTES if self._held_bytes[True] > CLAIM_BYTES else ANY_BYTES,
+        )
+
+
+def _is_large(task: ClaimedRetry) -> bool:
+    return task.payload_bytes > LARGE_BYTES
+
+
+def _batches(tasks: list[ClaimedRetry]) -> list[list[ClaimedRetry]]:
+    """Part a claim into what travels together: each large payload alone, and what is suspected apart."""
+    usual, lonely, large = [], [], []
+    for task in tasks:
+        if _is_large(task):
+            large.append([task])
+        elif travels_alone(task.claims_unsettled):
+            lonely.append(task)
+        else:
+            usual.append(task)
+    return [batch for batch in (usual, lonely, *large) if batch]

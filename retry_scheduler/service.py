@@ -1,4 +1,4 @@
-"""Puts the parts together, starts them, and stops them in order. Nothing else opens or closes anything.
+"""Starts the parts of one instance and stops them in order. Nothing else opens or closes anything.
 
 start    pages and publishing link first (503 until the servers are there), then PostgreSQL and its
          tables, then the intake; each server is waited for, one warning a try
@@ -9,38 +9,23 @@ stop     stop taking, store what has arrived, settle what is in hand, close; at 
 
 import asyncio
 import signal
-import time
 from collections.abc import Awaitable, Callable, Coroutine
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from retry_scheduler.agenda import Agenda
 from retry_scheduler.archive import archive_daily
-from retry_scheduler.backoff import BackoffPolicy
-from retry_scheduler.broker.connection import SERVER as RABBITMQ
-from retry_scheduler.broker.intake_link import IntakeLink
-from retry_scheduler.broker.publish_link import PublishLink
-from retry_scheduler.consumer import Consumer
-from retry_scheduler.database import SERVER as POSTGRESQL
-from retry_scheduler.database import Database, DatabaseAddress
+from retry_scheduler.assembly import assemble
 from retry_scheduler.errors import Unavailable
 from retry_scheduler.http_api import build_app, build_server, listen
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.live import LiveFigures
-from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.observability.metrics_server import serve_metrics
-from retry_scheduler.pause import Pause
-from retry_scheduler.presence import Presence
-from retry_scheduler.publisher import Publisher
-from retry_scheduler.repository import Repository
 from retry_scheduler.rotation import with_fresh_secrets
-from retry_scheduler.scheduler import MAX_OUTSTANDING, Scheduler
+from retry_scheduler.scheduler import MAX_OUTSTANDING
 from retry_scheduler.schema import migrate
 from retry_scheduler.settings import Settings
-from retry_scheduler.settlement import Settler
-from retry_scheduler.supervision import Progress, ServiceManager, Supervisor
+from retry_scheduler.supervision import ServiceManager, Supervisor
 
 if TYPE_CHECKING:  # loading it would load OpenTelemetry
     from retry_scheduler.observability.tracing import Tracing
@@ -56,19 +41,6 @@ LINKS_CLOSE_WITHIN_S = 3.0
 START_PAUSE_S = 1.0
 
 
-def database_address(settings: Settings) -> DatabaseAddress:
-    """Return where the settings say that PostgreSQL is."""
-    password = settings.postgres_password
-    return DatabaseAddress(
-        host=settings.postgres_host,
-        port=settings.postgres_port,
-        database=settings.postgres_db,
-        user=settings.postgres_user,
-        password=password.get_secret_value() if password else None,
-        tls=settings.postgres_ssl,
-    )
-
-
 class Service:
     """One instance. `run` may be called once."""
 
@@ -81,83 +53,12 @@ class Service:
     ) -> None:
         """manager: whom to tell how the service is; None: nobody. tracing: closed by `run` at its end."""
         self._settings = settings
-        self._progress = Progress()
-        self._supervisor = Supervisor(manager or ServiceManager(), self._progress, self._status)
         self._tracing = tracing
-        self._metrics = Metrics()
-        self._agenda = Agenda()
-        self._presence = Presence()
         self._stop = asyncio.Event()
-        self._started = False
         self._deaths: list[Exception] = []
-        self._database = Database(
-            database_address(settings),
-            pool_min=min(settings.postgres_pool_min, settings.postgres_pool_max),
-            pool_max=settings.postgres_pool_max,
-        )
-        self._repository = Repository(self._database)
-        self._name = logs.instance_name()
-        queues = (settings.retry_queue, settings.manual_review_queue)
-        self._intake = IntakeLink(
-            self._broker_url,
-            queue=settings.retry_queue,
-            queues=queues,
-            prefetch=settings.rabbitmq_prefetch,
-            name=f"{settings.service_name} consumer {self._name}",
-            on_problem=self._report_intake_problem,
-        )
-
-        def publish_link(purpose: str) -> PublishLink:
-            return PublishLink(
-                self._broker_url,
-                queues=queues,
-                name=f"{settings.service_name} {purpose} {self._name}",
-                on_problem=self._report_publish_problem,
-            )
-
-        self._link = publish_link("publisher")
-        policy = BackoffPolicy(
-            base=timedelta(milliseconds=settings.base_delay_ms),
-            cap=timedelta(milliseconds=settings.max_delay_ms),
-            jitter=timedelta(milliseconds=settings.jitter_ms),
-        )
-        settler = Settler(
-            self._repository,
-            Publisher(
-                self._link,
-                spare_link=lambda: publish_link("spare publisher"),
-                manual_review_queue=settings.manual_review_queue,
-            ),
-            self._agenda,
-            self._metrics,
-            policy=policy,
-            max_publish_failures=settings.max_publish_failures,
-            tracing=tracing,
-        )
-        self._scheduler = Scheduler(
-            self._repository,
-            self._link,
-            settler,
-            self._agenda,
-            self._presence,
-            self._metrics,
-            name=self._name,
-            poll_interval=settings.poll_interval,
-            progress=self._progress,
-            paused=settings.start_paused,
-        )
-        self._pause = Pause(self._repository, paused=settings.start_paused, on_release=self._scheduler.resume)
-        self._consumer = Consumer(
-            self._intake,
-            self._repository,
-            self._agenda,
-            self._metrics,
-            policy=policy,
-            own_queues=queues,
-            default_max_retries=settings.default_max_retries,
-            progress=self._progress,
-            on_malformed=self._scheduler.look_at_quarantine,
-            tracing=tracing,
+        self._parts = assemble(settings, self._stop, tracing)
+        self._supervisor = Supervisor(
+            manager or ServiceManager(), self._parts.progress, self._parts.health.status
         )
 
     def request_stop(self) -> None:
@@ -167,27 +68,27 @@ class Service:
     def reload_secrets(self, load: Callable[[], Settings]) -> None:
         """Make every further connection with the secrets that `load` finds; those that are open go on."""
         self._settings = with_fresh_secrets(self._settings, load)
-        self._database.connect_from_now_on_to(database_address(self._settings))
-        for link in (self._intake, self._link):
-            link.connect_from_now_on_to(self._broker_url)
-
-    @property
-    def _broker_url(self) -> str:
-        return self._settings.rabbitmq_url.get_secret_value()
+        self._parts.connect_from_now_on_as(self._settings)
 
     def release(self) -> None:
         """Begin to claim, if START_PAUSED has held it back; harmless when repeated."""
-        self._pause.release()
+        self._parts.pause.release()
 
     async def run(self) -> None:
         """Serve until `request_stop`. Raises PortTaken or UnusableSchema, or a group if a part dies."""
         settings = self._settings
         loop = asyncio.get_running_loop()
-        live = LiveFigures(loop, count=self._repository.queue_figures, check=self._check_usable)
-        self._metrics.watch(service=settings.service_name, up=live.up, figures=live.queue)
+        parts, health = self._parts, self._parts.health
+        live = LiveFigures(loop, count=parts.repository.queue_figures, check=health.check_usable)
+        parts.metrics.watch(
+            service=settings.service_name,
+            up=live.up,
+            blocked=lambda: parts.link.blocked,
+            figures=live.queue,
+        )
         with listen(settings.http_host, settings.http_port) as socket:
             metrics_server = serve_metrics(
-                self._metrics.registry,
+                parts.metrics.registry,
                 host=settings.http_host,
                 port=settings.metrics_port,
                 on_death=lambda error: loop.call_soon_threadsafe(self._note_death, "metrics", error),
@@ -195,14 +96,14 @@ class Service:
             pages = build_server(
                 build_app(
                     settings.service_name,
-                    {"postgresql": self._database.probe, "rabbitmq": self._check_broker},
-                    self._not_ready_because,
-                    self._pause.shown,
+                    {"postgresql": health.check_postgresql, "rabbitmq": health.check_rabbitmq},
+                    health.not_ready_because,
+                    parts.pause.shown,
                 )
             )
             serving = self._start_part("pages", pages.serve(sockets=[socket]))
             supervising = self._start_part("supervision", self._supervisor.run(self._stop))
-            log.info("Service starting", instance=self._name, most_duplicates_if_killed=MAX_OUTSTANDING)
+            log.info("Service starting", instance=parts.name, most_duplicates_if_killed=MAX_OUTSTANDING)
             try:
                 await self._work()
             finally:
@@ -215,18 +116,18 @@ class Service:
                 live.close()
                 await asyncio.to_thread(metrics_server.shutdown)
                 metrics_server.server_close()
-                await self._database.close()
+                await parts.database.close()
                 log.info("Service stopped")
         if self._deaths:
             raise ExceptionGroup("a part of the service died", self._deaths)
 
     async def _work(self) -> None:
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
-        links = [self._start_part("publish link", self._link.run())]
+        links = [self._start_part("publish link", self._parts.link.run())]
         try:
             await _first_of(self._open_database(), stopping)
             if not self._stop.is_set():
-                links.append(self._start_part("intake link", self._intake.run()))
+                links.append(self._start_part("intake link", self._parts.intake.run()))
                 await self._run_loops(stopping)
         finally:
             for task in links:
@@ -257,7 +158,7 @@ class Service:
 
     async def _run_loops(self, stopping: "asyncio.Task[bool]") -> None:
         """Run consumer and scheduler until told to stop, then give them STOP_WITHIN_S to finish."""
-        self._started = True
+        self._parts.health.started()
         # Both stop at once: what the consumer still stores stays pending for whoever runs next.
         loops = asyncio.create_task(self._consume_and_schedule(), name="loops")
         await asyncio.wait((loops, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -275,79 +176,27 @@ class Service:
 
     async def _consume_and_schedule(self) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._consumer.run(self._stop), name="consumer")
-            group.create_task(self._scheduler.run(self._stop), name="scheduler")
+            group.create_task(self._parts.consumer.run(self._stop), name="consumer")
+            group.create_task(self._parts.scheduler.run(self._stop), name="scheduler")
             group.create_task(self._keep_house(), name="archive")
 
     async def _keep_house(self) -> None:
-        await self._pause.watch(self._stop)  # nothing is moved while an operator looks into a restored table
+        # Nothing is moved while an operator looks into a restored table.
+        await self._parts.pause.watch(self._stop)
         if self._settings.retention_days:
-            await archive_daily(self._database, self._settings.retention, self._stop)
+            await archive_daily(self._parts.database, self._settings.retention, self._stop)
 
     async def _open_database(self) -> None:
         while True:
             try:
-                for migration in await migrate(self._database):
+                for migration in await migrate(self._parts.database):
                     log.info("Database migrated", migration=migration.name)
-                await self._database.open()
+                await self._parts.database.open()
                 return
             except Unavailable as problem:
-                self._metrics.reconnecting(problem.server)
+                self._parts.metrics.reconnecting(problem.server)
                 log.warning(logs.POSTGRES_FAILED, error=problem.problem)
             await asyncio.sleep(START_PAUSE_S)
-
-    async def _check_broker(self) -> None:
-        if self._link.blocked:
-            raise Unavailable(
-                RABBITMQ, "blocked: the broker has a memory or disk alarm and takes no messages"
-            )
-        # Nothing is consumed before the tables are there; that is not RabbitMQ's fault.
-        links = (self._link, self._intake) if self._started else (self._link,)
-        if not all(link.up for link in links):
-            raise Unavailable(RABBITMQ, "not connected")
-        await asyncio.gather(*(link.round_trip() for link in links))
-
-    def _not_ready_because(self) -> str | None:
-        if self._stop.is_set():
-            return "stopping"
-        if not self._started:
-            return "starting"
-        if self._link.blocked:
-            return "blocked"
-        if not self._intake.up or not self._link.up:
-            return "not connected to RabbitMQ"
-        if self._presence.fenced(time.monotonic()):
-            return "no beat reaches PostgreSQL: nothing may be published"
-        return self._pause.reason() if self._pause.active else None
-
-    def _status(self) -> str:
-        away = []
-        if not self._started or self._presence.fenced(time.monotonic()):
-            away.append(POSTGRESQL)
-        if not self._link.up or (self._started and not self._intake.up):
-            away.append(RABBITMQ)
-        if away:
-            return f"waiting for {' and '.join(away)}"
-        if self._link.blocked:
-            return "waiting for RabbitMQ: it has a memory or disk alarm and takes no messages"
-        return "healthy"
-
-    async def _check_usable(self) -> None:
-        reason = self._not_ready_because()
-        if reason is not None:
-            raise Unavailable(self._settings.service_name, reason)
-        await asyncio.gather(self._database.probe(), self._check_broker())
-
-    def _report_intake_problem(self, problem: Unavailable) -> None:
-        self._report_problem(problem, logs.CONSUMER_FAILED)
-
-    def _report_publish_problem(self, problem: Unavailable) -> None:
-        self._report_problem(problem, logs.RABBITMQ_FAILED)
-
-    def _report_problem(self, problem: Unavailable, event: str) -> None:
-        if not self._stop.is_set():
-            self._metrics.reconnecting(problem.server)
-            log.warning(event, error=problem.problem)
 
 
 async def _first_of(work: Awaitable[None], stopping: "asyncio.Task[bool]") -> None:

@@ -13,7 +13,6 @@ settlement the message may have been delivered: whoever claims the row next send
 consumer knows it by its x-retry-id.
 """
 
-import asyncio
 import random
 import time
 from collections import Counter
@@ -32,6 +31,7 @@ from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
+from retry_scheduler.outage import OutageBackoff
 from retry_scheduler.publisher import ALONE_AFTER, UNPUBLISHABLE_AFTER, Publisher, Wave, travels_alone
 from retry_scheduler.repository import Release, Repository, Settlement
 
@@ -51,9 +51,6 @@ UNKNOWN_DELAY = timedelta(seconds=1)
 
 # After a bug: seldom enough not to fill the log.
 FAILED_DELAY = timedelta(seconds=5)
-
-FIRST_PAUSE_S = 0.05
-LAST_PAUSE_S = 1.0
 
 
 class Settler:
@@ -77,6 +74,7 @@ class Settler:
         self._policy = policy
         self._max_publish_failures = max_publish_failures
         self._tracing = tracing
+        self._outage = OutageBackoff()
 
     async def deliver(
         self,
@@ -144,16 +142,12 @@ class Settler:
             if delivered:
                 failpoints.reach("after_quarantine_confirm")
                 settlements = [Settlement(item.id, item.claims, "delivered") for item in delivered]
-                await _until_possible(
-                    partial(self._repository.complete_quarantined, settlements), logs.SETTLE_FAILED
-                )
+                await self._until_possible(partial(self._repository.complete_quarantined, settlements))
                 failpoints.reach("after_quarantine_settle")
                 for item in delivered:
                     log.info(logs.QUARANTINE_DELIVERED, **_fields(item))
             if others:
-                await _until_possible(
-                    partial(self._repository.release_quarantined, others), logs.SETTLE_FAILED
-                )
+                await self._until_possible(partial(self._repository.release_quarantined, others))
             if any(what is Outcome.RETURNED for _, what in wave):
                 await self._restore_queues()
 
@@ -165,14 +159,12 @@ class Settler:
             Settlement(task.id, task.claims, "retried" if reason is None else "failed", reason)
             for task, reason in confirmed
         ]
-        settled = await _until_possible(partial(self._repository.complete, settlements), logs.SETTLE_FAILED)
+        settled = await self._until_possible(partial(self._repository.complete, settlements))
         failpoints.reach("after_settle")
         self._report(confirmed, settled, since_claim_s)
 
     async def _give_back(self, releases: Sequence[Release]) -> None:
-        self._agenda.expect(
-            await _until_possible(partial(self._repository.release, releases), logs.SETTLE_FAILED)
-        )
+        self._agenda.expect(await self._until_possible(partial(self._repository.release, releases)))
 
     def _review_reason(self, task: ClaimedRetry) -> str | None:
         """Why an attempt goes to people, or None if it goes back to its queue."""
@@ -190,8 +182,13 @@ class Settler:
         if outcome is Outcome.NOT_SENT:
             return _untouched(task)
         roll = random.random()
+        if outcome is Outcome.HELD:
+            hold = self._publisher.hold(task, reason) * (1 + roll)
+            return Release(
+                task.id, task.claims, error=outcome.value, delay=hold, unsettled=task.claims_unsettled - 1
+            )
         if outcome in _LOST:
-            event, delay, unsettled = self._after_losing(task, outcome)
+            event, delay, unsettled = self._after_losing(task, reason, outcome)
             self._metrics.unknown.inc()
             log.warning(event, **_fields(task), review_reason=reason)
             return Release(
@@ -213,12 +210,11 @@ class Settler:
         return Release(task.id, task.claims, failures=1, error=outcome.value, delay=delay)
 
     def _after_losing(
-        self, task: ClaimedRetry | ClaimedQuarantine, outcome: Outcome
+        self, task: ClaimedRetry | ClaimedQuarantine, reason: str | None, outcome: Outcome
     ) -> tuple[str, timedelta, int]:
         """Return what to log, how long to wait, and what remains of the evidence against the row."""
         if outcome is Outcome.OVERDUE:
-            # Its queue hangs: seldom, since each try holds a place in hand, and may be delivered after all.
-            return logs.RETRY_UNKNOWN, max(self._policy.cap, UNKNOWN_DELAY), 0
+            return logs.RETRY_UNKNOWN, self._publisher.hold(task, reason), 0
         if outcome is Outcome.UNKNOWN:
             suspected = task.claims_unsettled - 1 if travels_alone(task.claims_unsettled) else 0
             return logs.RETRY_UNKNOWN, UNKNOWN_DELAY, suspected
@@ -274,23 +270,20 @@ class Settler:
                 ended_ns=ended_ns,
             )
 
+    async def _until_possible(self, call: Callable[[], Awaitable[Result]]) -> Result:
+        """Repeat `call` until PostgreSQL answers: what was published must be settled, whenever that is."""
+        while True:
+            try:
+                return await call()
+            except Unavailable as problem:
+                log.error(logs.SETTLE_FAILED, error=problem.problem)
+            await self._outage.wait()
+
     async def _restore_queues(self) -> None:
         try:
             await self._publisher.restore_queues()
         except Unavailable as problem:  # tried again with the next message that is returned
             log.warning(logs.RABBITMQ_FAILED, purpose="create queues", error=problem.problem)
-
-
-async def _until_possible(call: Callable[[], Awaitable[Result]], failed: str) -> Result:
-    """Repeat `call` until PostgreSQL answers: what was published must be settled, whenever that is."""
-    pause_s = FIRST_PAUSE_S
-    while True:
-        try:
-            return await call()
-        except Unavailable as problem:
-            log.error(failed, error=problem.problem)
-        await asyncio.sleep(pause_s)
-        pause_s = min(pause_s * 2, LAST_PAUSE_S)
 
 
 def _untouched(task: ClaimedRetry | ClaimedQuarantine) -> Release:

@@ -101,6 +101,39 @@ async def test_a_claim_takes_as_many_bytes_as_fit_and_at_least_one_row(repositor
     assert [ids(first), ids(second), ids(third)] == [{stored[0]}, {stored[1]}, {stored[2]}]
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "claimed", "more"),
+    [
+        pytest.param(2, 10_000, 2, True, id="cut short by rows"),
+        pytest.param(9, 1_000, 2, True, id="cut short by bytes, however few they are"),
+        pytest.param(9, 10_000, 3, False, id="all that is due"),
+    ],
+)
+async def test_a_claim_says_whether_more_is_due_than_it_could_lend(
+    repository: Repository, rows: int, size: int, claimed: int, more: bool
+) -> None:
+    owner = await instance(repository)
+    await store(repository, b"x", b"x", b"x" * 5000)
+
+    tasks = await repository.claim_due(lease(owner, rows=rows, size=size))
+
+    assert (len(tasks), {task.more for task in tasks}) == (claimed, {more})
+
+
+async def test_a_claim_that_was_lost_with_its_answer_is_seen_by_the_next_look_of_its_owner(
+    repository: Repository,
+) -> None:
+    owner = await instance(repository)
+    await store(repository, b"1")
+    lost = await repository.claim_due(lease(owner))
+
+    known = await repository.beat(owner, LOOK_AHEAD, LONG_AGO, [task.id for task in lost])
+    unknown = await repository.beat(owner, LOOK_AHEAD, LONG_AGO)
+
+    assert known is not None and not known.due_now
+    assert unknown is not None and unknown.due_now
+
+
 async def test_rows_whose_claim_was_lost_with_its_answer_are_taken_back_by_their_owner_alone(
     repository: Repository,
 ) -> None:
@@ -278,7 +311,7 @@ async def test_below_the_floor_nothing_is_searched_and_the_floor_lies_below_ever
     above = datetime(2021, 1, 1, tzinfo=UTC)
 
     with_floor = await repository.claim_due(lease(owner, floor=above))
-    floor = await repository.search_floor()
+    floor = await repository.search_floor(LONG_AGO)
     rest = await repository.claim_due(lease(owner, floor=floor, in_hand=with_floor))
 
     assert ids(with_floor) == {stored[1]}
@@ -286,10 +319,22 @@ async def test_below_the_floor_nothing_is_searched_and_the_floor_lies_below_ever
     assert ids(rest) == {stored[0]}
 
 
+async def test_a_search_from_a_floor_raises_it_and_does_not_look_below(
+    repository: Repository, table: Table
+) -> None:
+    stored = await store(repository, b"1", b"2")
+    for message_id, due in zip(stored, ("2020-01-01Z", "2022-01-01Z"), strict=True):
+        await table.fetch(f"UPDATE retry_queue SET next_retry_at = '{due}' WHERE message_id = $1", message_id)
+
+    floor = await repository.search_floor(datetime(2021, 1, 1, tzinfo=UTC))
+
+    assert floor == datetime(2022, 1, 1, tzinfo=UTC) - timedelta(seconds=10)
+
+
 async def test_the_floor_of_an_empty_table_leaves_room_for_what_is_being_stored(
     repository: Repository, table: Table
 ) -> None:
-    floor = await repository.search_floor()
+    floor = await repository.search_floor(LONG_AGO)
     now = await table.value("SELECT clock_timestamp()")
 
     assert timedelta(seconds=10) <= now - floor < timedelta(seconds=15)

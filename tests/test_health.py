@@ -228,12 +228,15 @@ async def test_a_broker_with_an_alarm_blocks_publishing_but_not_intake_and_shows
         await eventually(lambda: service.metrics().value("retry_oldest_due_seconds") > 0)
         await eventually(lambda: service.health().status == 503)
         page = service.health()
+        blocked = service.metrics().value("retry_broker_blocked")
     finally:
         rabbitmq.eval("rabbit_alarm:clear_alarm({resource_limit, memory, node()}).")
     await upstream.receive("orders", 5)
 
     assert "alarm" in page.body["checks"]["rabbitmq"]["problem"]
+    assert blocked == 1
     await eventually(lambda: service.health().status == 200)
+    assert service.metrics().value("retry_broker_blocked") == 0
     assert service.metrics().value("retry_publications_unknown_total") == 0
     assert service.metrics().value("retry_reconnects_total") == 0
     await eventually(table.settled)

@@ -14,6 +14,7 @@ from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.pause import NOT_PAUSED, PAUSED, RELEASED
 from tests.factories import make_request, new_id
 from tests.servers import Database, random_name
+from tests.service_manager import FakeManager
 from tests.service_process import MakeService, ServiceProcess, StartService
 from tests.table import Table
 from tests.upstream import REVIEW_QUEUE, Upstream
@@ -102,16 +103,19 @@ async def test_a_restored_backup_sends_nothing_until_released_and_says_what_it_w
 
 
 async def test_a_paused_service_stops_when_told_to_and_a_restart_without_it_releases(
-    make_service: MakeService, upstream: Upstream
+    make_service: MakeService, upstream: Upstream, tmp_path: Path
 ) -> None:
     upstream.declare("orders")
-    service = make_service()
-    service.start("--paused")
-    await eventually(lambda: "paused" in service.ready().body, within=timedelta(seconds=20))
-    upstream.ask(make_request())
-    await eventually(lambda: due(service) == 1, within=timedelta(seconds=15))
+    with FakeManager(tmp_path / "notify", watchdog_s=60) as manager:
+        service = make_service(**manager.environment)
+        service.start("--paused")
+        await eventually(lambda: "paused" in service.ready().body, within=timedelta(seconds=20))
+        upstream.ask(make_request())
+        await eventually(lambda: due(service) == 1, within=timedelta(seconds=15))
+        # What `systemctl status` shows must not say that all is well.
+        await eventually(lambda: manager.status.startswith("paused: 1 "))
 
-    exit_code = await service.stop()
+        exit_code = await service.stop()
     unsent = upstream.depth("orders")
     service.start()
 

@@ -10,11 +10,12 @@ from urllib.parse import quote
 
 import pytest
 
+from retry_scheduler.assembly import database_address
 from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.database import Database
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
 from retry_scheduler.errors import BadSettings
-from retry_scheduler.service import Service, database_address
+from retry_scheduler.service import Service
 from retry_scheduler.settings import load_settings
 from tests.command import CONFIG, OK, UNAVAILABLE, USAGE, call
 from tests.factories import make_request

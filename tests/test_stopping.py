@@ -62,6 +62,38 @@ async def test_stopping_again_and_again_under_load_doubles_nothing_and_loses_not
 
 
 @pytest.mark.timeout(120)
+async def test_stopping_gives_nothing_back_to_the_broker_that_it_would_take_for_a_redelivery(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    """An upstream that does not count sends an executed attempt again: that is its next failure."""
+    upstream.declare("orders", RETRY_QUEUE)
+    requests = [make_request(message_id=new_id()) for _ in range(4000)]
+    service = await start_service(RABBITMQ_PREFETCH="1000")
+    upstream.ask_for_many(requests)
+    await upstream.filled("orders", len(requests), within=timedelta(seconds=30))
+    await eventually(table.settled)
+    await stop(service)
+
+    upstream.ask_for_many(requests)
+    for stored in (500, 1500, 2500):
+        service = await start_service(RABBITMQ_PREFETCH="100")
+        await eventually(
+            lambda least=stored: table.value(
+                "SELECT count(*) >= $1 FROM retry_queue WHERE retry_count = 1", least
+            ),
+            within=timedelta(seconds=30),
+        )
+        await stop(service)
+    assert upstream.depth(RETRY_QUEUE) > 0  # otherwise nothing was interrupted
+    await start_service(RABBITMQ_PREFETCH="1000")
+    await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0, within=timedelta(seconds=30))
+    await eventually(table.settled, within=timedelta(seconds=30))
+
+    repeated = await table.value("SELECT count(*) FROM retry_queue WHERE retry_count = 1")
+    assert repeated == len(requests)
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     "fault",
     [

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from time import monotonic, time
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -198,22 +198,25 @@ async def test_rows_of_an_instance_that_is_alive_are_left_to_it(
     start_service: StartService, upstream: Upstream, table: Table
 ) -> None:
     upstream.declare("orders")
-    owner, other = await asyncio.gather(start_service(), start_service())
+    other = await start_service()
     upstream.ask(make_request(retry_after_ms=3_600_000))
-    await eventually(
-        lambda: sum(one.metrics().value("retries_scheduled_total") for one in (owner, other)) == 1
-    )
-    beats = await table.value("SELECT min(beat) FROM retry_instance")
+    await eventually(lambda: other.metrics().value("retries_scheduled_total") == 1)
+    owner = uuid4()
+    await table.fetch("INSERT INTO retry_instance (id, name) VALUES ($1, 'alive')", owner)
+    others_beats = "SELECT beat FROM retry_instance WHERE id <> $1"
+    began = await table.value(others_beats, owner)
 
     await table.fetch(
         "UPDATE retry_queue SET next_retry_at = clock_timestamp(), claimed_by = $1, claims = 1,"
         " claimed_until = clock_timestamp() + interval '40 s'",
-        await instance_id(table, owner),
+        owner,
     )
-    await eventually(
-        lambda: table.value("SELECT min(beat) >= $1 FROM retry_instance", beats + 6),
-        within=timedelta(seconds=10),
-    )
+
+    async def alive_for_six_looks() -> bool:
+        await table.fetch("UPDATE retry_instance SET beat = beat + 1 WHERE id = $1", owner)
+        return bool(await table.value(others_beats, owner) >= began + 6)
+
+    await eventually(alive_for_six_looks, within=timedelta(seconds=10), every=timedelta(milliseconds=200))
 
     assert await table.statuses() == {"pending": 1}
     assert upstream.depth("orders") == 0

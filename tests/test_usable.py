@@ -6,6 +6,8 @@ from datetime import timedelta
 
 import pytest
 
+from retry_scheduler.broker.intake_link import IntakeLink
+from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.database import Database, DatabaseAddress
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
 from retry_scheduler.demo.private_postgres import PrivatePostgres
@@ -227,7 +229,7 @@ async def test_looking_at_the_tables_changes_nothing(database: servers.Database,
     assert await table.fetch("SELECT 1 FROM pg_tables WHERE tablename LIKE 'retry%'") == []
 
 
-@pytest.mark.parametrize("part", ["_link", "_intake", "pages", "metrics"])
+@pytest.mark.parametrize("part", ["publish link", "intake link", "pages", "metrics"])
 async def test_a_part_that_dies_takes_the_service_down_loudly(
     database: servers.Database, broker_url: str, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -260,7 +262,7 @@ async def test_a_part_that_dies_takes_the_service_down_loudly(
     elif part == "metrics":
         monkeypatch.setattr(MetricsServer, "service_actions", die_in_a_thread)
     else:
-        monkeypatch.setattr(getattr(service, part), "run", die)
+        monkeypatch.setattr(PublishLink if part == "publish link" else IntakeLink, "run", die)
 
     with pytest.raises(ExceptionGroup) as group:
         async with asyncio.timeout(20):

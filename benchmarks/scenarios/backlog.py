@@ -161,7 +161,15 @@ async def _claim_ms(at: Bed, place: Place, claims: int) -> list[float]:
         for _ in range(claims):
             began = time.perf_counter()
             rows = await connection.fetch(
-                query("claim_due"), CLAIM_ROWS, LEASE, owner, CLAIM_BYTES, LONG_AGO, []
+                query("claim_due"),
+                CLAIM_ROWS,
+                LEASE,
+                owner,
+                CLAIM_BYTES,
+                LONG_AGO,
+                [],
+                CLAIM_BYTES,
+                CLAIM_BYTES,
             )
             took.append((time.perf_counter() - began) * 1000)
             done = [row["id"] for row in rows], [row["claims"] for row in rows]

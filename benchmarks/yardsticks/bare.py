@@ -53,7 +53,9 @@ async def redeliver(link: PublishLink, pool: "asyncpg.Pool[asyncpg.Record]") -> 
     owner = uuid.uuid4()
     await pool.fetch(query("join_instances"), owner, "bare")
     while True:
-        rows = await pool.fetch(query("claim_due"), CLAIM_ROWS, LEASE, owner, CLAIM_BYTES, LONG_AGO, [])
+        rows = await pool.fetch(
+            query("claim_due"), CLAIM_ROWS, LEASE, owner, CLAIM_BYTES, LONG_AGO, [], CLAIM_BYTES, CLAIM_BYTES
+        )
         if not rows:
             await asyncio.sleep(IDLE_S * (1 + random.random()))
             continue

@@ -10,6 +10,7 @@ is not answered). Unknown may have been delivered: it is published again later u
 """
 
 import asyncio
+from collections.abc import Callable
 from enum import Enum
 
 from retry_scheduler import failpoints
@@ -22,7 +23,8 @@ class Outcome(Enum):
     RETURNED = "returned"  # no such queue; certainly not delivered
     REFUSED = "refused"  # the broker said no (nack); certainly not delivered
     UNKNOWN = "unknown"  # sent, and no answer will come; perhaps delivered
-    OVERDUE = "overdue"  # unknown, while the same connection confirms others: its queue is slow or hangs
+    OVERDUE = "overdue"  # unknown yet, while the broker answers: its queue is slow or hangs
+    HELD = "held"  # not sent now, since its queue hangs; see `breaker`
     SUSPECT = "suspect"  # unknown, and perhaps what made the broker close the channel
     NOT_SENT = "not sent"  # certainly not delivered, and not the message's fault
     UNSENDABLE = "unsendable"  # certainly not delivered: AMQP cannot carry it
@@ -50,9 +52,12 @@ class ConfirmBatch:
 
     def settle_rest(self, outcome: Outcome) -> None:
         """Give every publication that is still open the same outcome; a later answer changes nothing."""
-        for place, known in enumerate(self.outcomes):
-            if known is None:
-                self.settle(place, outcome)
+        for place in self.open_places():
+            self.settle(place, outcome)
+
+    def open_places(self) -> list[int]:
+        """Return the places of the publications that have no outcome yet."""
+        return [place for place, known in enumerate(self.outcomes) if known is None]
 
     def take_new(self) -> list[tuple[int, Outcome]]:
         """Return (place, outcome) of what has been settled since the last call."""
@@ -69,7 +74,8 @@ class ConfirmLedger:
         self._outstanding: dict[int, tuple[ConfirmBatch, int, str]] = {}
         self._tags: dict[str, int] = {}
         self._returned: set[int] = set()
-        self.unexpected_answers = 0
+        # Told the key and the outcome of each answer, also of one that nobody waits for any more.
+        self.on_answer: Callable[[str, Outcome], None] | None = None
 
     def __len__(self) -> int:
         return len(self._outstanding)
@@ -83,19 +89,15 @@ class ConfirmLedger:
     def returned(self, key: str | None) -> None:
         """Note that the broker found no queue for `key`. Its confirm, which follows, will say so."""
         tag = self._tags.get(key) if key is not None else None
-        if tag is None:
-            self.unexpected_answers += 1
-        else:
+        if tag is not None:
             self._returned.add(tag)
 
     def answered(self, tag: int, *, multiple: bool, accepted: bool) -> None:
-        """Settle `tag`, and all before it if `multiple`. A tag that is not outstanding is only counted."""
+        """Settle `tag`, and all before it if `multiple`. A tag that is not outstanding changes nothing."""
         failpoints.reach("before_confirm")
         if not multiple:
             if tag in self._outstanding:
                 self._settle(tag, accepted)
-            else:
-                self.unexpected_answers += 1
             return
         # Tag 0 means all; a tag above the last one sent settles what is there.
         while self._outstanding:
@@ -120,6 +122,9 @@ class ConfirmLedger:
             del self._tags[key]
         if tag in self._returned:
             self._returned.discard(tag)
-            batch.settle(place, Outcome.RETURNED)
+            outcome = Outcome.RETURNED
         else:
-            batch.settle(place, Outcome.CONFIRMED if accepted else Outcome.REFUSED)
+            outcome = Outcome.CONFIRMED if accepted else Outcome.REFUSED
+        batch.settle(place, outcome)
+        if self.on_answer is not None:
+            self.on_answer(key, outcome)

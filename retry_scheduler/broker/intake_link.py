@@ -131,15 +131,18 @@ class IntakeLink:
                 return
 
     async def stop_consuming(self) -> None:
-        """Ask for no more. What had been sent to us before is still to be taken. Never raises."""
+        """Ask for no more. What was sent to us until the broker's answer is still to be taken. Never raises.
+
+        None of it may go back: it would come again marked as redelivered, which it is not for us, and a
+        redelivered attempt that has been executed changes nothing (contract, section 2).
+        """
         connection, tag = self._connection, self._consumer_tag
         self._consumer_tag = None
         self._wanted = False
         if connection is None or tag is None:
             return
-        connection.deliver_to(None)  # pika gives back what comes for a consumer that is cancelled
         try:
-            await connection.call(connection.channel.basic_cancel, tag)
+            await connection.call(partial(_cancel_and_go_on, connection.channel), tag)
         except Unavailable:
             connection.cut("no answer to basic.cancel")
 
@@ -195,3 +198,9 @@ class IntakeLink:
         delivery = Delivery(connection, tag, redelivered=redelivered, properties=properties, body=body)
         self._arrived.append(delivery)
         self._something_arrived.set()
+
+
+def _cancel_and_go_on(channel: Any, tag: str, *, callback: Callable[[Any], None]) -> None:
+    """Cancel a consumer that receives until the broker answers: pika would reject what comes meanwhile."""
+    channel.basic_cancel(tag, callback)
+    channel._cancelled.discard(tag)

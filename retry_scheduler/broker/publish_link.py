@@ -5,10 +5,10 @@
          `-- connection or channel lost: outstanding publications become unknown
 
 Outcomes are handed on in waves, as they come: one queue that does not confirm must not keep the
-others' messages from being settled. When a confirm is overdue and the connection has confirmed
-nothing else either, it is dropped, and never used again. If it confirms others, only the overdue ones
-are given up; an answer that comes after all finds nobody waiting. A blocked broker is no reason for
-either: it confirms when the alarm is over.
+others' messages from being settled. When a confirm is overdue and the broker answers nothing else
+either, not even a question, the connection is dropped, and never used again. If it answers, only the
+overdue ones are given up, and their queues' circuits open (`breaker`). A blocked broker is no reason
+for either: it confirms when the alarm is over.
 
 A broker with an alarm says so only after something was published. Callers send one message through
 a connection that is not proven, so that an alarm does not swallow a batch at each reconnect.
@@ -20,17 +20,30 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import structlog
 from pika.exceptions import AMQPError
 
+from retry_scheduler.broker.breaker import Breaker
 from retry_scheduler.broker.confirms import ConfirmBatch, ConfirmLedger, Outcome
 from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
 from retry_scheduler.broker.properties import text_headers
 from retry_scheduler.broker.topology import connect_with_queues
 from retry_scheduler.errors import Unavailable
+from retry_scheduler.observability import logs
+
+log = structlog.get_logger()
 
 # Confirms take milliseconds, on slow disks a few hundred. Much shorter and a busy broker gets
 # duplicates; much longer and a lost confirm delays its message.
 CONFIRM_TIMEOUT_S = 10.0
+
+# Bodies above a megabyte delay whatever is behind them: so much, where the link is as slow as this.
+LARGE_BYTES = 1024 * 1024
+SLOWEST_BYTES_PER_S = 2 * 1024 * 1024
+
+# After so long, the broker is asked whether it answers at all. If so, the queue is slow.
+SLOW_AFTER_S = 2.0
+ASK_EVERY_S = 1.0
 
 # How long outcomes may wait for the rest of their batch.
 WAVE_S = 0.1
@@ -43,13 +56,17 @@ _WRITE_RUN = 64
 
 
 class Publication:
-    """One message for the default exchange. properties: encoded; they must hold `key` as x-retry-id."""
+    """One message for the default exchange.
 
-    __slots__ = ("body", "key", "properties", "queue")
+    properties: encoded; they must hold `key` as x-retry-id. claim: under which lease of its row it is sent.
+    """
 
-    def __init__(self, queue: str, *, key: str, properties: bytes, body: bytes) -> None:
+    __slots__ = ("body", "claim", "key", "properties", "queue")
+
+    def __init__(self, queue: str, *, key: str, properties: bytes, body: bytes, claim: int = 0) -> None:
         self.queue = queue
         self.key = key
+        self.claim = claim
         self.properties = properties
         self.body = body
 
@@ -70,7 +87,11 @@ class PublishLink:
         self._blocked = False
         self._unblocked_at_s = 0.0
         self._proven = False
-        self._answered_at_s = 0.0
+        self._large_bytes = 0  # outstanding
+        self._slow: dict[ConfirmBatch, int] = {}  # outstanding for long, at queues that are slow
+        self._heard_at_s = 0.0
+        self._asking: asyncio.Task[None] | None = None
+        self._breaker = Breaker()
         self.changed = asyncio.Event()
 
     @property
@@ -93,9 +114,22 @@ class PublishLink:
         """Whether this connection has confirmed something: then it can be trusted with a batch."""
         return self.ready and self._proven
 
+    @property
+    def slow(self) -> int:
+        """How many publications wait for queues that are slow, while the broker answers."""
+        return sum(self._slow.values())
+
+    def open_for_s(self, queue: str) -> float:
+        """Return for how many seconds `queue` has not confirmed, since its circuit has opened; 0: it does."""
+        return self._breaker.open_for_s(queue, time.monotonic())
+
     def connect_from_now_on_to(self, url: str) -> None:
         """Make every further connection with `url`. The one that is open goes on."""
         self._url = url
+
+    def another(self, name: str) -> "PublishLink":
+        """Return a link to the same broker with a connection of its own, which the broker lists as `name`."""
+        return PublishLink(self._url, queues=self._queues, name=name, on_problem=self._on_problem)
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
@@ -123,8 +157,21 @@ class PublishLink:
         Usually one wave. Ends within about CONFIRM_TIMEOUT_S, or that long after an alarm is over.
         Never raises: trouble is an outcome.
         """
+        batch = ConfirmBatch(len(publications))
+        large_bytes = sum(len(each.body) for each in publications if len(each.body) > LARGE_BYTES)
+        self._large_bytes += large_bytes
+        try:
+            async for wave in self._waves(batch, publications):
+                yield wave
+        finally:
+            self._large_bytes -= large_bytes
+            self._slow.pop(batch, None)
+
+    async def _waves(
+        self, batch: ConfirmBatch, publications: Sequence[Publication]
+    ) -> AsyncIterator[list[tuple[int, Outcome]]]:
         connection = self._connection
-        batch = await self._write(publications)
+        await self._write(batch, publications)
         began_s = time.monotonic()
         while True:
             await _done_within(batch, WAVE_S)
@@ -136,17 +183,24 @@ class PublishLink:
             if finished:
                 return
             now_s = time.monotonic()
-            if now_s - began_s > CONFIRM_TIMEOUT_S and not self._alarm_within(CONFIRM_TIMEOUT_S):
-                if connection is self._connection and now_s - self._answered_at_s < CONFIRM_TIMEOUT_S / 2:
-                    batch.settle_rest(Outcome.OVERDUE)
-                else:
-                    if connection is not None:
-                        connection.cut("confirms did not come in time")
-                    batch.settle_rest(Outcome.UNKNOWN)
+            if connection is None or now_s - began_s < SLOW_AFTER_S:
+                continue
+            silent_s = now_s - self._heard_at_s
+            if silent_s > ASK_EVERY_S:
+                self._ask(connection)
+            waiting = [publications[place] for place in batch.open_places()]
+            patience_s = CONFIRM_TIMEOUT_S + self._large_bytes / SLOWEST_BYTES_PER_S
+            if now_s - began_s > patience_s and not self._alarm_within(CONFIRM_TIMEOUT_S):
+                answers = connection is self._connection and silent_s < CONFIRM_TIMEOUT_S / 2
+                self._give_up(waiting, overdue=answers)
+                if not answers:
+                    connection.cut("confirms did not come in time")
+                batch.settle_rest(Outcome.OVERDUE if answers else Outcome.UNKNOWN)
+            elif silent_s < 2 * ASK_EVERY_S and connection is self._connection:
+                self._note_slow(batch, waiting)
 
-    async def _write(self, publications: Sequence[Publication]) -> ConfirmBatch:
+    async def _write(self, batch: ConfirmBatch, publications: Sequence[Publication]) -> None:
         connection, ledger = self._connection, self._ledger
-        batch = ConfirmBatch(len(publications))
         for first in range(0, len(publications), _WRITE_RUN):
             run = range(first, min(first + _WRITE_RUN, len(publications)))
             if connection is None or connection.closed.done() or self._blocked:
@@ -155,9 +209,12 @@ class PublishLink:
                 continue
             with connection.together():
                 for place in run:
-                    self._send(connection, ledger, batch, place, publications[place])
+                    known = None if self._breaker.idle else self._admit(publications[place])
+                    if known is None:
+                        self._send(connection, ledger, batch, place, publications[place])
+                    else:
+                        batch.settle(place, known)
             await asyncio.sleep(0)
-        return batch
 
     async def round_trip(self) -> None:
         """Return once the broker has handled all that was sent before. Raises Unavailable."""
@@ -201,7 +258,10 @@ class PublishLink:
             await connection.call(
                 connection.channel.confirm_delivery, lambda frame: self._answer(ledger, frame.method)
             )
+            self._heard_at_s = time.monotonic()
+            self._breaker.connected(self._heard_at_s)
             self._connection, self._ledger = connection, ledger
+            self._listen()
             self._blocked = self._proven = False
             self.changed.set()
             raise Unavailable(SERVER, await asyncio.shield(connection.closed))
@@ -217,12 +277,60 @@ class PublishLink:
         self._unblocked_at_s = time.monotonic()
         self.changed.set()
 
+    def _admit(self, publication: Publication) -> Outcome | None:
+        known = self._breaker.admit(publication.key, publication.claim, publication.queue, time.monotonic())
+        self._listen()
+        return known
+
+    def _note_slow(self, batch: ConfirmBatch, waiting: Sequence[Publication]) -> None:
+        now_s = time.monotonic()
+        for each in waiting:
+            self._breaker.slow(each.key, each.queue, now_s)
+        self._slow[batch] = len(waiting)
+        self._listen()
+        self.changed.set()
+
+    def _give_up(self, publications: Sequence[Publication], *, overdue: bool) -> None:
+        """Open the circuits of the queues that have not confirmed. overdue: their answers may come yet."""
+        now_s = time.monotonic()
+        for each in publications:
+            if overdue:
+                opened = self._breaker.overdue(each.key, each.claim, each.queue, now_s)
+            else:
+                opened = self._breaker.suspect(each.queue, now_s)
+            if opened:
+                log.warning(logs.QUEUE_HANGS, queue=each.queue)
+        self._listen()
+
+    def _listen(self) -> None:
+        """Have the breaker told of answers, as long as it is interested in any."""
+        self._ledger.on_answer = None if self._breaker.idle else self._note_answer
+
+    def _note_answer(self, key: str, outcome: Outcome) -> None:
+        queue = self._breaker.answered(key, outcome, time.monotonic())
+        if queue is not None:
+            log.info(logs.QUEUE_CONFIRMS, queue=queue)
+        self._listen()
+
+    def _ask(self, connection: Connection) -> None:
+        """Find out whether the broker still answers, although it confirms nothing; nobody waits for that."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._hear(connection), name="ask the broker")
+
+    async def _hear(self, connection: Connection) -> None:
+        with suppress(Unavailable):
+            await connection.round_trip()
+            if connection is self._connection:
+                self._heard_at_s = time.monotonic()
+                # An alarm would have stopped the question behind what was published before it.
+                self._proven = True
+
     def _alarm_within(self, seconds: float) -> bool:
         return self._blocked or time.monotonic() - self._unblocked_at_s < seconds
 
     def _answer(self, ledger: ConfirmLedger, method: Any) -> None:
         self._proven = True
-        self._answered_at_s = time.monotonic()
+        self._heard_at_s = time.monotonic()
         ledger.answered(method.delivery_tag, multiple=method.multiple, accepted=method.NAME == "Basic.Ack")
 
 

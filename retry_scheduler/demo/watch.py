@@ -11,11 +11,11 @@ from contextlib import suppress
 
 import asyncpg
 
+from retry_scheduler.assembly import database_address
 from retry_scheduler.broker.intake_link import IntakeLink
 from retry_scheduler.database import Database
 from retry_scheduler.demo.evidence import Quarantined, ReviewCopy, Row
 from retry_scheduler.demo.team import give_up
-from retry_scheduler.service import database_address
 from retry_scheduler.settings import Settings
 
 LOOK_EVERY_S = 0.15

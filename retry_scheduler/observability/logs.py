@@ -40,6 +40,8 @@ CLAIM_FAILED = "Failed to get due retry tasks"
 SETTLE_FAILED = "Failed to settle retry tasks"
 CONSUMER_FAILED = "Failed to start RabbitMQ consumer"
 RABBITMQ_FAILED = "Failed to connect to RabbitMQ"
+QUEUE_HANGS = "Queue does not confirm - its retries are held back"
+QUEUE_CONFIRMS = "Queue confirms again"
 INSTANCE_BURIED = "An instance has stopped beating - its claimed retries are taken over"
 POSTGRES_FAILED = "PostgreSQL health check failed"
 

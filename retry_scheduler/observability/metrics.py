@@ -129,16 +129,27 @@ class Metrics:
         self._reconnects.labels(server).inc()
 
     def watch(
-        self, *, service: str, up: Callable[[], bool], figures: Callable[[], tuple[int, float] | None]
+        self,
+        *,
+        service: str,
+        up: Callable[[], bool],
+        blocked: Callable[[], bool],
+        figures: Callable[[], tuple[int, float] | None],
     ) -> None:
-        """Add the gauges that are read when Prometheus asks.
+        """Add the gauges that are read when Prometheus asks, in a thread of its own.
 
-        figures: returns (depth, oldest_due_seconds), or None if it cannot tell now.
+        blocked: whether RabbitMQ has an alarm. figures: returns (depth, oldest_due_seconds), or None if it
+        cannot tell now.
         """
         gauge = Gauge(
             "service_up", "1 if the service could do its work now", ["service"], registry=self.registry
         )
         gauge.labels(service).set_function(lambda: 1.0 if up() else 0.0)
+        Gauge(
+            "retry_broker_blocked",
+            "1 while RabbitMQ has a memory or disk alarm and takes no messages",
+            registry=self.registry,
+        ).set_function(lambda: 1.0 if blocked() else 0.0)
         self.registry.register(_QueueCollector(figures))
 
     def _label(self, queue: str) -> str:

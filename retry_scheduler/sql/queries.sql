@@ -86,16 +86,18 @@ SELECT field FROM kept_already;
 -- Lend due attempts to one instance, oldest first; the others pass over what it holds.
 -- $1 limit_rows int; $2 lasts interval; $3 owner uuid; $4 limit_bytes bigint: at least one row, then
 -- as many as fit; $5 floor timestamptz: nothing pending is older, see search_floor;
--- $6 bigint[] what the owner knows to hold: the rest that is lent to it was lost with an answer.
+-- $6 bigint[] what the owner knows to hold: the rest that is lent to it was lost with an answer;
+-- $7 int: larger payloads do not come along, see payload; $8 int: nothing with a larger one is lent.
 -- A lease whose owner is known to be gone is void.
 -- Returns the attempts lent, in no promised order; late_s is the time since they were due;
--- payload is NULL where an operator has deleted it.
+-- payload is NULL where it is too large or an operator has deleted it; more: others may be due that exceeded a limit.
 WITH due AS MATERIALIZED (  -- a fence: joined inline, the planner may lend more than the limit
     SELECT id, next_retry_at, payload_bytes
       FROM retry_queue
      WHERE status = 'pending'
        AND next_retry_at >= $5
        AND next_retry_at <= now()
+       AND payload_bytes <= $8
        AND (claimed_until IS NULL
             OR claimed_until <= now()
             OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL)
@@ -117,8 +119,14 @@ UPDATE retry_queue AS task
   LEFT JOIN retry_payload AS body ON body.id = lent.id
  WHERE task.id = lent.id
 RETURNING task.id, task.claims, task.message_id, task.original_queue, task.error_reason, task.retry_count,
-          task.max_retries, task.publish_failures, task.claims_unsettled, task.traceparent, task.tracestate, body.payload,
-          extract(epoch FROM clock_timestamp() - task.next_retry_at)::float8 AS late_s;
+          task.max_retries, task.publish_failures, task.claims_unsettled, task.traceparent, task.tracestate,
+          CASE WHEN task.payload_bytes <= $7 THEN body.payload END AS payload, task.payload_bytes,
+          extract(epoch FROM clock_timestamp() - task.next_retry_at)::float8 AS late_s,
+          (SELECT count(*) FROM due) >= least($1, (SELECT count(*) FROM lent) + 1) AS more;
+
+-- name: payload
+-- Get one large payload. $1 id bigint.
+SELECT payload FROM retry_payload WHERE id = $1;
 
 -- name: complete
 -- Settle attempts whose publication was confirmed. An owner that was overtaken changes nothing.
@@ -232,9 +240,10 @@ RETURNING instance.id, instance.name;
 
 -- name: beat
 -- Show that this instance is alive, and look at the table in the same breath.
--- $1 id uuid; $2 how far to look ahead, interval; $3 floor timestamptz, see search_floor.
+-- $1 id uuid; $2 how far to look ahead, interval; $3 floor timestamptz, see search_floor;
+-- $4 bigint[] what the instance knows to hold, as in claim_due.
 -- Returns no row if the instance is not in the register or marked as gone, otherwise one row:
--- others: ids, and their beats in the same order; due_now: is something due that nobody holds;
+-- others: ids, and their beats in the same order; due_now: is something due that nobody knows to hold;
 -- quarantined: does a malformed message wait for manual review;
 -- coming: when the next attempts are due, in seconds from now, ascending, one for each 2 ms at most.
 WITH mine AS (
@@ -246,7 +255,8 @@ SELECT others.ids, others.beats,
        EXISTS (SELECT 1 FROM retry_queue
                 WHERE status = 'pending' AND next_retry_at >= $3 AND next_retry_at <= now()
                   AND (claimed_until IS NULL OR claimed_until <= now()
-                       OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL))) AS due_now,
+                       OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL)
+                       OR (claimed_by = $1 AND id <> ALL ($4::bigint[])))) AS due_now,
        EXISTS (SELECT 1 FROM retry_quarantine
                 WHERE delivered_at IS NULL AND next_try_at <= now()
                   AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by = $1
@@ -264,9 +274,10 @@ SELECT others.ids, others.beats,
 -- Tell below which due time nothing can be pending, so that claiming need not wade through the index
 -- entries of settled rows: vacuum may not remove them while any old transaction is open.
 -- Ten seconds are taken off, twice a statement's timeout, for what is being stored right now.
+-- $1 timestamptz: where to begin, a floor found before.
 SELECT least(min(next_retry_at), clock_timestamp()) - interval '10 s' AS floor
   FROM retry_queue
- WHERE status = 'pending';
+ WHERE status = 'pending' AND next_retry_at >= $1;
 
 -- name: queue_figures
 -- Count what waits, up to a million: a longer count would not be done before the next one is due.
