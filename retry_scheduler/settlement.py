@@ -144,12 +144,15 @@ class Settler:
             if delivered:
                 failpoints.reach("after_quarantine_confirm")
                 settlements = [Settlement(item.id, item.claims, "delivered") for item in delivered]
-                await _until_possible(
+                settled = await _until_possible(
                     partial(self._repository.complete_quarantined, settlements), logs.SETTLE_FAILED
                 )
                 failpoints.reach("after_quarantine_settle")
                 for item in delivered:
-                    log.info(logs.QUARANTINE_DELIVERED, **_fields(item))
+                    if item.id in settled:
+                        log.info(logs.QUARANTINE_DELIVERED, **_fields(item))
+                    else:
+                        self._note_overtaken(item)
             if others:
                 await _until_possible(
                     partial(self._repository.release_quarantined, others), logs.SETTLE_FAILED
@@ -231,8 +234,7 @@ class Settler:
         lines: list[dict[str, object]] = []
         for task, reason in confirmed:
             if task.id not in settled:
-                self._metrics.overtaken.inc()
-                log.warning(logs.RETRY_OVERTAKEN, **_fields(task))
+                self._note_overtaken(task)
             elif reason is None:
                 executed[task.original_queue] += 1
                 late_s = task.late_s + since_claim_s
@@ -245,6 +247,10 @@ class Settler:
         logs.info_lines(logs.RETRY_EXECUTED, lines)
         for queue, count in executed.items():
             self._metrics.executed(queue, success=True, count=count)
+
+    def _note_overtaken(self, task: ClaimedRetry | ClaimedQuarantine) -> None:
+        self._metrics.overtaken.inc()
+        log.warning(logs.RETRY_OVERTAKEN, **_fields(task))
 
     def _trace(
         self,

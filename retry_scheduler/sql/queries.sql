@@ -189,13 +189,25 @@ RETURNING kept.id, kept.claims, kept.field, kept.reason, kept.raw_body, kept.rec
           kept.claims_unsettled;
 
 -- name: complete_quarantined
--- Note that manual review has got them. $1 ids bigint[]; $2 claims int[]. Returns the ids noted.
-UPDATE retry_quarantine AS kept
-   SET delivered_at = clock_timestamp(), claimed_until = NULL
-  FROM unnest($1::bigint[], $2::integer[]) AS done (id, claims)
- WHERE kept.id = done.id AND kept.claims = done.claims
-   AND coalesce(kept.delivered_at, 'infinity') = 'infinity'  -- as in complete
-RETURNING kept.id;
+-- Note that manual review has got them. $1 ids bigint[]; $2 claims int[].
+-- Returns the ids noted. Repeating it after a lost answer returns them again.
+WITH done AS (
+    SELECT * FROM unnest($1::bigint[], $2::integer[]) AS done (id, claims)
+), noted AS (
+    UPDATE retry_quarantine AS kept
+       SET delivered_at = clock_timestamp(), claimed_until = NULL
+      FROM done
+     WHERE kept.id = done.id AND kept.claims = done.claims
+       AND coalesce(kept.delivered_at, 'infinity') = 'infinity'  -- as in complete
+    RETURNING kept.id
+)
+SELECT id FROM noted
+UNION ALL
+SELECT kept.id
+  FROM done
+  JOIN retry_quarantine AS kept ON kept.id = done.id
+ WHERE kept.claims = done.claims AND kept.delivered_at IS NOT NULL
+   AND (SELECT count(*) FROM noted) < (SELECT count(*) FROM done);  -- otherwise nothing can be found here
 
 -- name: release_quarantined
 -- Give back what was not confirmed. Parameters as in release. Returns the ids given back.
