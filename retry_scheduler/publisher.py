@@ -138,7 +138,7 @@ class Publisher:
     ) -> AsyncIterator[Wave]:
         """Send each attempt to manual review where it has a reason to, otherwise back to its queue.
 
-        still_ours: asked before each one that travels alone, since those may take long.
+        still_ours: asked before each few, and before each one that travels alone, since those may take long.
         Yields outcomes in waves; UNSENDABLE: no message can be made of it.
         """
         publications = [self._build(task, reason) for task, reason in zip(tasks, reasons, strict=True)]
@@ -188,7 +188,7 @@ class Publisher:
         if unsendable:
             yield unsendable
         if together:
-            async for wave in self._link.waves([publication for _, publication in together]):
+            async for wave in self._link.waves([publication for _, publication in together], still_ours):
                 yield [(together[index][0], outcome) for index, outcome in wave]
         if alone:
             async for wave in self._send_alone([publication for _, publication in alone], still_ours):

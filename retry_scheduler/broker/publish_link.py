@@ -117,14 +117,17 @@ class PublishLink:
                 outcomes[place] = outcome
         return outcomes
 
-    async def waves(self, publications: Sequence[Publication]) -> AsyncIterator[list[tuple[int, Outcome]]]:
+    async def waves(
+        self, publications: Sequence[Publication], may_go_on: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[list[tuple[int, Outcome]]]:
         """Send all, and yield (place, outcome) of each as the broker answers, several at a time.
 
+        may_go_on: asked before each few; what is left when it says no is not sent.
         Usually one wave. Ends within about CONFIRM_TIMEOUT_S, or that long after an alarm is over.
         Never raises: trouble is an outcome.
         """
         connection = self._connection
-        batch = await self._write(publications)
+        batch = await self._write(publications, may_go_on)
         began_s = time.monotonic()
         while True:
             await _done_within(batch, WAVE_S)
@@ -144,18 +147,21 @@ class PublishLink:
                         connection.cut("confirms did not come in time")
                     batch.settle_rest(Outcome.UNKNOWN)
 
-    async def _write(self, publications: Sequence[Publication]) -> ConfirmBatch:
+    async def _write(
+        self, publications: Sequence[Publication], may_go_on: Callable[[], bool]
+    ) -> ConfirmBatch:
         connection, ledger = self._connection, self._ledger
         batch = ConfirmBatch(len(publications))
         for first in range(0, len(publications), _WRITE_RUN):
             run = range(first, min(first + _WRITE_RUN, len(publications)))
-            if connection is None or connection.closed.done() or self._blocked:
+            if connection is None or connection.closed.done() or self._blocked or not may_go_on():
                 for place in run:
                     batch.settle(place, Outcome.NOT_SENT)
                 continue
             with connection.together():
                 for place in run:
                     self._send(connection, ledger, batch, place, publications[place])
+            # Whatever gets its turn now may take seconds, or the process may be frozen.
             await asyncio.sleep(0)
         return batch
 
