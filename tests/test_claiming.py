@@ -132,7 +132,9 @@ async def test_a_lease_of_somebody_whom_the_register_does_not_know_yet_is_respec
     [
         ("complete", "bigint[], integer[], text[], text[]"),
         ("release", "bigint[], integer[], integer[], text[], interval[], integer[]"),
+        ("suspect", "bigint[], integer[], integer[]"),
         ("complete_quarantined", "bigint[], integer[]"),
+        ("suspect_quarantined", "bigint[], integer[], integer[]"),
         ("release_quarantined", "bigint[], integer[], integer[], text[], interval[], integer[]"),
         ("attempt_states", "uuid[], integer[]"),
         ("stored_intakes", "uuid[], bigint[]"),

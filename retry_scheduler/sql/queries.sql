@@ -160,6 +160,15 @@ UPDATE retry_queue AS task
    AND task.status NOT IN ('retried', 'failed', 'discarded')  -- as in complete
 RETURNING task.id, extract(epoch FROM task.next_retry_at - clock_timestamp())::float8 AS due_in;
 
+-- name: suspect
+-- Change the evidence against attempts that are lent to us, and nothing else. May be repeated.
+-- $1 ids bigint[]; $2 claims int[]; $3 claims_unsettled int[].
+UPDATE retry_queue AS task
+   SET claims_unsettled = given.unsettled
+  FROM unnest($1::bigint[], $2::integer[], $3::integer[]) AS given (id, claims, unsettled)
+ WHERE task.id = given.id AND task.claims = given.claims
+   AND task.status NOT IN ('retried', 'failed', 'discarded');  -- as in complete
+
 -- name: claim_quarantined
 -- Lend quarantined messages that manual review has not got yet. $1 to $4 as in claim_due.
 WITH due AS MATERIALIZED (
@@ -221,6 +230,14 @@ UPDATE retry_quarantine AS kept
  WHERE kept.id = given.id AND kept.claims = given.claims
    AND coalesce(kept.delivered_at, 'infinity') = 'infinity'  -- as in complete
 RETURNING kept.id;
+
+-- name: suspect_quarantined
+-- Change the evidence against quarantined messages. Parameters as in suspect.
+UPDATE retry_quarantine AS kept
+   SET claims_unsettled = given.unsettled
+  FROM unnest($1::bigint[], $2::integer[], $3::integer[]) AS given (id, claims, unsettled)
+ WHERE kept.id = given.id AND kept.claims = given.claims
+   AND coalesce(kept.delivered_at, 'infinity') = 'infinity';  -- as in complete
 
 -- name: join_instances
 -- Enter one instance in the register, and forget who has been gone for long. $1 id uuid; $2 name text.
