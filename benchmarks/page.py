@@ -93,6 +93,20 @@ def _tables(measured: Mapping[str, Figures]) -> dict[str, str]:
                 for each in backlog["sizes"]
             ),
         )
+    if poison := measured.get("poison"):
+        tables["poison"] = _table(
+            ("among the others", "one in", "retries/s of the others", "without it", "share"),
+            (
+                (
+                    each["name"],
+                    f"{each['one_in']:,}",
+                    f"{each['rate_per_s']:,.0f}",
+                    f"{each['clean_per_s']:,.0f}",
+                    f"{each['share']:.2f}",
+                )
+                for each in poison["poisons"]
+            ),
+        )
     return tables
 
 

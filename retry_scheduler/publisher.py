@@ -5,10 +5,11 @@ Section 3 of the contract is here. Which of the two ways a message takes is the 
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 import msgspec
+import structlog
 
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.properties import encode_properties
@@ -33,6 +34,13 @@ LONGEST_HOLD = timedelta(seconds=10)
 
 # (place, outcome) of publications whose fate is known by now.
 Wave = list[tuple[int, Outcome]]
+
+# Called with the place of what is about to be sent alone.
+Accuse = Callable[[int], Awaitable[None]]
+
+Build = Callable[[int], Publication]
+
+log = structlog.get_logger()
 
 _encode_json = msgspec.json.Encoder().encode
 
@@ -141,27 +149,38 @@ class Publisher:
         self._review_queue = manual_review_queue
 
     def publish(
-        self, tasks: Sequence[ClaimedRetry], reasons: Sequence[str | None], still_ours: Callable[[], bool]
+        self,
+        tasks: Sequence[ClaimedRetry],
+        reasons: Sequence[str | None],
+        still_ours: Callable[[], bool],
+        accuse: Accuse,
     ) -> AsyncIterator[Wave]:
         """Send each attempt to manual review where it has a reason to, otherwise back to its queue.
 
-        still_ours: asked before each one that travels alone, since those may take long.
+        still_ours: asked before each few, and before each one that travels alone, since those may take
+        long. accuse: called with the place of each one that travels alone, before anything is done with it.
         Yields outcomes in waves; UNSENDABLE: no message can be made of it.
         """
-        publications = [self._build(task, reason) for task, reason in zip(tasks, reasons, strict=True)]
-        return self._send(publications, [task.claims_unsettled for task in tasks], still_ours)
+
+        def build(place: int) -> Publication:
+            task, reason = tasks[place], reasons[place]
+            if reason is None:
+                return retry_publication(task)
+            with_payload = _payload_may_go(task.claims_unsettled)
+            return review_publication(task, reason, self._review_queue, with_payload=with_payload)
+
+        return self._send(build, [task.claims_unsettled for task in tasks], still_ours, accuse)
 
     def publish_quarantined(
-        self, kept: Sequence[ClaimedQuarantine], still_ours: Callable[[], bool]
+        self, kept: Sequence[ClaimedQuarantine], still_ours: Callable[[], bool], accuse: Accuse
     ) -> AsyncIterator[Wave]:
         """Send malformed input to manual review. Otherwise as `publish`."""
-        publications: list[Publication | None] = [
-            quarantine_publication(
-                item, self._review_queue, with_payload=_payload_may_go(item.claims_unsettled)
-            )
-            for item in kept
-        ]
-        return self._send(publications, [item.claims_unsettled for item in kept], still_ours)
+
+        def build(place: int) -> Publication:
+            with_payload = _payload_may_go(kept[place].claims_unsettled)
+            return quarantine_publication(kept[place], self._review_queue, with_payload=with_payload)
+
+        return self._send(build, [item.claims_unsettled for item in kept], still_ours, accuse)
 
     def hold(self, task: ClaimedRetry | ClaimedQuarantine, reason: str | None) -> timedelta:
         """Return when to look again at a destination that does not confirm: later, the longer it has not."""
@@ -176,56 +195,61 @@ class Publisher:
         """Create the manual review queue again, which seems to have been deleted. Raises Unavailable."""
         await self._link.restore_queues()
 
-    def _build(self, task: ClaimedRetry, reason: str | None) -> Publication | None:
-        try:
-            if reason is None:
-                return retry_publication(task)
-            with_payload = _payload_may_go(task.claims_unsettled)
-            return review_publication(task, reason, self._review_queue, with_payload=with_payload)
-        except ValueError:
-            return None
-
     async def _send(
-        self,
-        publications: Sequence[Publication | None],
-        unsettled: Sequence[int],
-        still_ours: Callable[[], bool],
+        self, build: Build, unsettled: Sequence[int], still_ours: Callable[[], bool], accuse: Accuse
     ) -> AsyncIterator[Wave]:
         together: list[tuple[int, Publication]] = []
-        alone: list[tuple[int, Publication]] = []
+        alone: list[int] = []
         unsendable: Wave = []
-        for place, (publication, claims) in enumerate(zip(publications, unsettled, strict=True)):
-            if publication is None:
+        for place, claims in enumerate(unsettled):
+            if travels_alone(claims):
+                alone.append(place)
+            elif (publication := _built(build, place)) is None:
                 unsendable.append((place, Outcome.UNSENDABLE))
-            elif travels_alone(claims):
-                alone.append((place, publication))
             else:
                 together.append((place, publication))
         if unsendable:
             yield unsendable
         if together:
-            async for wave in self._link.waves([publication for _, publication in together]):
+            async for wave in self._link.waves([publication for _, publication in together], still_ours):
                 yield [(together[index][0], outcome) for index, outcome in wave]
         if alone:
-            async for wave in self._send_alone([publication for _, publication in alone], still_ours):
-                yield [(alone[index][0], outcome) for index, outcome in wave]
+            async for wave in self._send_alone(alone, build, still_ours, accuse):
+                yield wave
 
     async def _send_alone(
-        self, publications: Sequence[Publication], still_ours: Callable[[], bool]
+        self, places: Sequence[int], build: Build, still_ours: Callable[[], bool], accuse: Accuse
     ) -> AsyncIterator[Wave]:
         link = self._spare_link()
         running = asyncio.create_task(link.run(), name="spare link")
         try:
-            for index, publication in enumerate(publications):
+            for index, place in enumerate(places):
                 await link.wait_until_ready(SPARE_LINK_TIMEOUT_S)
+                if link.ready:
+                    await accuse(place)
                 if not link.ready or not still_ours():
-                    yield [(rest, Outcome.NOT_SENT) for rest in range(index, len(publications))]
+                    yield [(rest, Outcome.NOT_SENT) for rest in places[index:]]
                     return
-                (outcome,) = await link.publish([publication])
-                yield [(index, outcome)]
+                publication = _built(build, place)
+                if publication is None:
+                    yield [(place, Outcome.UNSENDABLE)]
+                else:
+                    (outcome,) = await link.publish([publication])
+                    yield [(place, outcome)]
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
+
+
+def _built(build: Build, place: int) -> Publication | None:
+    """Return the publication, or None if none can be made: the row's fault, and no other's."""
+    try:
+        return build(place)
+    except ValueError:
+        return None
+    except Exception:  # a bug of ours in building one message must not stop the others
+        log.exception("Cannot build a message")
+        return None
 
 
 def travels_alone(claims_unsettled: int) -> bool:

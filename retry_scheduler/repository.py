@@ -93,6 +93,14 @@ class Release(msgspec.Struct):
     unsettled: int = 0
 
 
+class Suspicion(msgspec.Struct):
+    """Evidence against a claimed row. unsettled: claims in a row without an outcome."""
+
+    id: int
+    claims: int
+    unsettled: int
+
+
 class Sighting(msgspec.Struct):
     """What `beat` saw. beats: of the other instances. coming_s: due times, seconds from now, ascending."""
 
@@ -220,6 +228,10 @@ class Repository:
         """Give rows back, and return in how many seconds each is due. Those no longer ours are left alone."""
         return [row["due_in"] for row in await self._database.fetch("release", *_release_arguments(releases))]
 
+    async def suspect(self, suspicions: Sequence[Suspicion]) -> None:
+        """Put evidence against rows in the table. Those no longer ours are left alone."""
+        await self._database.fetch("suspect", *_suspect_arguments(suspicions))
+
     async def claim_quarantined(self, lease: Lease) -> list[ClaimedQuarantine]:
         """Borrow quarantined messages that manual review has not got yet; perhaps none."""
         rows = await self._database.fetch("claim_quarantined", *_claim_arguments(lease))
@@ -247,6 +259,10 @@ class Repository:
     async def release_quarantined(self, releases: Sequence[Release]) -> None:
         """Give quarantined messages back."""
         await self._database.fetch("release_quarantined", *_release_arguments(releases))
+
+    async def suspect_quarantined(self, suspicions: Sequence[Suspicion]) -> None:
+        """Put evidence against quarantined messages in the table. Otherwise as `suspect`."""
+        await self._database.fetch("suspect_quarantined", *_suspect_arguments(suspicions))
 
     async def join_instances(self, owner: UUID, name: str) -> None:
         """Enter an instance in the register."""
@@ -301,6 +317,14 @@ class Repository:
 
 def _claim_arguments(lease: Lease) -> tuple[object, ...]:
     return lease.limit_rows, lease.lasts, lease.owner, lease.limit_bytes
+
+
+def _suspect_arguments(suspicions: Sequence[Suspicion]) -> tuple[list[int], ...]:
+    return (
+        [suspicion.id for suspicion in suspicions],
+        [suspicion.claims for suspicion in suspicions],
+        [suspicion.unsettled for suspicion in suspicions],
+    )
 
 
 def _release_arguments(releases: Sequence[Release]) -> tuple[list[object], ...]:

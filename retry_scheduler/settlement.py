@@ -16,7 +16,7 @@ consumer knows it by its x-retry-id.
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -32,8 +32,16 @@ from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.outage import OutageBackoff
-from retry_scheduler.publisher import ALONE_AFTER, UNPUBLISHABLE_AFTER, Publisher, Wave, travels_alone
-from retry_scheduler.repository import Release, Repository, Settlement
+from retry_scheduler.publisher import (
+    ALONE_AFTER,
+    UNPUBLISHABLE_AFTER,
+    Accuse,
+    Publisher,
+    Wave,
+    travels_alone,
+)
+from retry_scheduler.repository import Release, Repository, Settlement, Suspicion
+from retry_scheduler.trials import Trials
 
 if TYPE_CHECKING:  # loading it would load OpenTelemetry
     from retry_scheduler.observability.tracing import Tracing
@@ -75,6 +83,7 @@ class Settler:
         self._max_publish_failures = max_publish_failures
         self._tracing = tracing
         self._outage = OutageBackoff()
+        self._trials = Trials()
 
     async def deliver(
         self,
@@ -93,7 +102,8 @@ class Settler:
         open_places = set(range(len(tasks)))
         failpoints.reach("before_publish")
         began_ns = time.time_ns()
-        async for wave in self._publisher.publish(tasks, reasons, still_ours):
+        publish = partial(self._publisher.publish, tasks, reasons, still_ours)
+        async for wave in self._outcomes(tasks, publish, self._repository.suspect):
             late_s = time.monotonic() - claimed_at_s
             ended_ns = time.time_ns()
             confirmed = [(tasks[place], reasons[place]) for place, what in wave if what is Outcome.CONFIRMED]
@@ -132,7 +142,8 @@ class Settler:
         self, kept: Sequence[ClaimedQuarantine], *, still_ours: Callable[[], bool]
     ) -> None:
         """Publish malformed input to manual review and note what has arrived there."""
-        async for wave in self._publisher.publish_quarantined(kept, still_ours):
+        publish = partial(self._publisher.publish_quarantined, kept, still_ours)
+        async for wave in self._outcomes(kept, publish, self._repository.suspect_quarantined):
             delivered = [kept[place] for place, what in wave if what is Outcome.CONFIRMED]
             others = [
                 self._release(kept[place], "malformed", what)
@@ -142,14 +153,32 @@ class Settler:
             if delivered:
                 failpoints.reach("after_quarantine_confirm")
                 settlements = [Settlement(item.id, item.claims, "delivered") for item in delivered]
-                await self._until_possible(partial(self._repository.complete_quarantined, settlements))
+                settled = await self._until_possible(
+                    partial(self._repository.complete_quarantined, settlements)
+                )
                 failpoints.reach("after_quarantine_settle")
                 for item in delivered:
-                    log.info(logs.QUARANTINE_DELIVERED, **_fields(item))
+                    if item.id in settled:
+                        log.info(logs.QUARANTINE_DELIVERED, **_fields(item))
+                    else:
+                        self._note_overtaken(item)
             if others:
                 await self._until_possible(partial(self._repository.release_quarantined, others))
             if any(what is Outcome.RETURNED for _, what in wave):
                 await self._restore_queues()
+
+    async def _outcomes(
+        self,
+        tasks: Sequence[ClaimedRetry | ClaimedQuarantine],
+        publish: Callable[[Accuse], AsyncIterator[Wave]],
+        suspect: Callable[[Sequence[Suspicion]], Awaitable[None]],
+    ) -> AsyncIterator[Wave]:
+        async def note(suspicions: Sequence[Suspicion]) -> None:
+            await self._until_possible(partial(suspect, suspicions))
+
+        async with self._trials.of(tasks, note) as accuse:
+            async for wave in publish(accuse):
+                yield wave
 
     async def _complete(
         self, confirmed: Sequence[tuple[ClaimedRetry, str | None]], since_claim_s: float
@@ -227,8 +256,7 @@ class Settler:
         lines: list[dict[str, object]] = []
         for task, reason in confirmed:
             if task.id not in settled:
-                self._metrics.overtaken.inc()
-                log.warning(logs.RETRY_OVERTAKEN, **_fields(task))
+                self._note_overtaken(task)
             elif reason is None:
                 executed[task.original_queue] += 1
                 late_s = task.late_s + since_claim_s
@@ -241,6 +269,10 @@ class Settler:
         logs.info_lines(logs.RETRY_EXECUTED, lines)
         for queue, count in executed.items():
             self._metrics.executed(queue, success=True, count=count)
+
+    def _note_overtaken(self, task: ClaimedRetry | ClaimedQuarantine) -> None:
+        self._metrics.overtaken.inc()
+        log.warning(logs.RETRY_OVERTAKEN, **_fields(task))
 
     def _trace(
         self,

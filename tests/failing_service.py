@@ -13,9 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-from retry_scheduler import failpoints
+from retry_scheduler import failpoints, publisher
+from retry_scheduler.broker.intake_link import Delivery
+from retry_scheduler.broker.publish_link import Publication
 from retry_scheduler.cli import main
+from retry_scheduler.consumer import Consumer
 from retry_scheduler.failpoints import Point
+from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry, RetryRequest
 
 FOLDER_VARIABLE = "FAILPOINTS"
 
@@ -50,6 +54,43 @@ def hang() -> None:
 def fail() -> None:
     """Meet a bug."""
     raise Injected(INJECTED)
+
+
+# Error texts of messages that are the death of the process, as of a library that crashes on them.
+DEADLY_TO_READ = "deadly to read"
+DEADLY_TO_RETRY = "deadly to retry"
+DEADLY_TO_CARRY = "deadly to retry, and to tell people of with its payload"
+
+
+def make_some_messages_deadly() -> None:
+    """Have this process die whenever it handles one of them."""
+    read, retry = Consumer._read, publisher.retry_publication
+    review, copy = publisher.review_publication, publisher.quarantine_publication
+
+    def deadly_read(self: Consumer, delivery: Delivery) -> RetryRequest:
+        if DEADLY_TO_READ.encode() in delivery.body:
+            kill()
+        return read(self, delivery)
+
+    def deadly_retry(task: ClaimedRetry) -> Publication:
+        if task.error_reason in (DEADLY_TO_RETRY, DEADLY_TO_CARRY):
+            kill()
+        return retry(task)
+
+    def deadly_review(task: ClaimedRetry, reason: str, queue: str, *, with_payload: bool) -> Publication:
+        if with_payload and task.error_reason == DEADLY_TO_CARRY:
+            kill()
+        return review(task, reason, queue, with_payload=with_payload)
+
+    def deadly_copy(kept: ClaimedQuarantine, queue: str, *, with_payload: bool) -> Publication:
+        if with_payload and DEADLY_TO_CARRY.encode() in kept.raw_body:
+            kill()
+        return copy(kept, queue, with_payload=with_payload)
+
+    Consumer._read = deadly_read  # type: ignore[method-assign]
+    publisher.retry_publication = deadly_retry
+    publisher.review_publication = deadly_review
+    publisher.quarantine_publication = deadly_copy
 
 
 ACTIONS: dict[str, Callable[[], None]] = {"kill": kill, "freeze": freeze, "hang": hang, "fail": fail}
@@ -88,5 +129,6 @@ class Failpoints:
 
 
 if __name__ == "__main__":
+    make_some_messages_deadly()
     failpoints.listen(Failpoints(Path(os.environ[FOLDER_VARIABLE])).act)
     sys.exit(main())

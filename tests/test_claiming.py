@@ -8,8 +8,8 @@ import asyncpg
 import pytest
 
 from retry_scheduler.database import SESSION, Database, DatabaseAddress
-from retry_scheduler.messages import ClaimedRetry, RetryRequest
-from retry_scheduler.repository import LONG_AGO, Lease, Release, Repository, Settlement
+from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry, RetryRequest
+from retry_scheduler.repository import LONG_AGO, Lease, Malformed, Release, Repository, Settlement
 from retry_scheduler.schema import migrate
 from retry_scheduler.sql import query
 from tests import servers
@@ -165,7 +165,9 @@ async def test_a_lease_of_somebody_whom_the_register_does_not_know_yet_is_respec
     [
         ("complete", "bigint[], integer[], text[], text[]"),
         ("release", "bigint[], integer[], integer[], text[], interval[], integer[]"),
+        ("suspect", "bigint[], integer[], integer[]"),
         ("complete_quarantined", "bigint[], integer[]"),
+        ("suspect_quarantined", "bigint[], integer[], integer[]"),
         ("release_quarantined", "bigint[], integer[], integer[], text[], interval[], integer[]"),
         ("attempt_states", "uuid[], integer[]"),
         ("stored_intakes", "uuid[], bigint[]"),
@@ -288,6 +290,28 @@ async def test_settling_again_after_a_lost_answer_counts_the_same_rows(repositor
     again = await repository.complete(settlements)
 
     assert first == again == {task.id for task in tasks}
+
+
+async def test_malformed_input_is_settled_by_its_last_owner_alone_and_again_after_a_lost_answer(
+    repository: Repository,
+) -> None:
+    slow, fast = await instance(repository), await instance(repository)
+    await repository.quarantine([Malformed("body", "is not JSON", b"?", b"\0\0", False, n) for n in (1, 2)])
+    overtaken = await repository.claim_quarantined(lease(slow, lasts=NOW))
+    kept = await repository.claim_quarantined(lease(fast))
+
+    too_late = await repository.complete_quarantined([_delivered(item) for item in overtaken])
+    first = await repository.complete_quarantined([_delivered(item) for item in kept])
+    again = await repository.complete_quarantined([_delivered(item) for item in kept])
+    much_too_late = await repository.complete_quarantined([_delivered(item) for item in overtaken])
+
+    assert (too_late, much_too_late) == (set(), set())
+    assert first == again == {item.id for item in kept}
+    assert len(first) == 2
+
+
+def _delivered(item: ClaimedQuarantine) -> Settlement:
+    return Settlement(item.id, item.claims, "delivered")
 
 
 async def test_a_row_without_its_payload_is_claimed_too_so_that_it_cannot_be_stuck(

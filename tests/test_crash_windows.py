@@ -151,9 +151,9 @@ class Play:
             return
         await victim.wait_until_ready()
         if wave.copies == TWICE:
-            attempts = [key for key in wave.in_hand if not key.startswith("quarantine")]
             await eventually(
-                lambda: victim.metrics().value("retry_stale_completions_total") == len(attempts), within=LONG
+                lambda: victim.metrics().value("retry_stale_completions_total") == len(wave.in_hand),
+                within=LONG,
             )
 
     async def killed_beside_another(self) -> None:

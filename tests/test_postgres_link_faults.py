@@ -5,6 +5,7 @@ Each fault is provoked under load, and costs no message, no hot loop, and no mor
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from time import time
@@ -13,6 +14,7 @@ import pytest
 
 from retry_scheduler.database import CALL_TIMEOUT_S
 from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S, MOST_DUPLICATES
+from tests.factories import make_request, new_id
 from tests.malformed import MALFORMED
 from tests.proxy import Way, proxies
 from tests.service_process import StartService
@@ -74,6 +76,9 @@ async def test_links_that_fall_silent_one_way_or_both_are_given_up_and_others_ta
         await ready_again(*cut_off)
         for service in cut_off:
             await flowing(service, count=20)
+        counted = [
+            service.metrics().value("retry_reconnects_total", server="PostgreSQL") for service in cut_off
+        ]
         messages = await accounts(load, upstream, table, (), most_copies=3 * MOST_DUPLICATES)
 
     for name, watch in zip(("both", "from_us", "to_us"), watches, strict=True):
@@ -82,6 +87,7 @@ async def test_links_that_fall_silent_one_way_or_both_are_given_up_and_others_ta
     assert {health.status for health in healths} == {503}
     assert max(health.took_s for health in healths) < ANSWERS_WITHIN_S
     assert max(grown) < 10, "sockets pile up"
+    assert min(counted) > 0, "the outage cannot be seen in the metrics"
 
 
 @pytest.mark.timeout(120)
@@ -110,6 +116,43 @@ async def test_answers_cut_off_and_sessions_terminated_at_any_moment_cost_nothin
         await upstream.filled(REVIEW_QUEUE, 1)
         record_property("faults_in_s", round(watch.lasted_s, 1))
         await accounts(load, upstream, table, [service], exactly_once=True)
+
+
+async def test_what_was_stored_without_an_answer_and_executed_meanwhile_is_not_taken_for_another_attempt(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    """The instance repeats the statement; that its rows are there, and done, is its own doing."""
+    upstream.declare("orders", "later", RETRY_QUEUE)
+    ids = [new_id() for _ in range(50)]
+    stored = "SELECT message_id::text, retry_count FROM retry_queue WHERE original_queue = 'later'"
+    with proxies(table.database.port) as (link,):
+        service = await start_service(
+            POSTGRES_PORT=str(link.port), POSTGRES_POOL_MAX="2", RABBITMQ_PREFETCH="100"
+        )
+        # A statement that its connection does not know yet needs an answer before it is executed.
+        with Load(upstream, requests(), per_second=300) as load:
+            await flowing(service, count=300, within=timedelta(seconds=20))
+        await accounts(load, upstream, table, [service])
+        link.hold(Way.TO_CLIENT)
+        upstream.ask_for_many(
+            [make_request(message_id=message_id, original_queue="later") for message_id in ids]
+        )
+        # Those that came together: the others wait until these are answered.
+        await eventually(lambda: table.fetch(stored))
+        executed = await table.fetch(
+            "UPDATE retry_queue SET status = 'retried', finished_at = clock_timestamp()"
+            " WHERE status = 'pending' RETURNING message_id"
+        )
+        link.reset()
+        link.heal()
+        await eventually(lambda: table.value(f"SELECT count(*) >= {len(ids)} FROM ({stored}) AS stored"))
+        await eventually(table.settled)
+        attempts = await table.fetch(stored)
+        repeated = service.metrics().value("retry_duplicates_total")
+
+    assert Counter(map(tuple, attempts)) == Counter((message_id, 0) for message_id in ids)
+    assert repeated == 0
+    assert len(upstream.take("later")) == len(ids) - len(executed)
 
 
 async def test_a_pool_of_one_connection_on_a_slow_link_starves_nobody(

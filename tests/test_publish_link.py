@@ -89,6 +89,25 @@ async def test_a_link_that_is_not_up_sends_nothing_and_says_so(broker_url: str, 
     assert upstream.depth("orders") == 0
 
 
+async def test_a_batch_that_may_not_go_on_has_the_rest_not_sent(
+    link: PublishLink, upstream: Upstream
+) -> None:
+    """The process may have been frozen, or kept from its beat, when the first of them had been written."""
+    upstream.declare("orders")
+    may_go_on = iter([True])
+    told = [Outcome.UNKNOWN] * 200
+
+    publications = [publication("orders", f"{n}:0") for n in range(len(told))]
+    async for wave in link.waves(publications, lambda: next(may_go_on, False)):
+        for place, outcome in wave:
+            told[place] = outcome
+
+    sent = told.count(Outcome.CONFIRMED)
+    assert 0 < sent < len(told)
+    assert told == [Outcome.CONFIRMED] * sent + [Outcome.NOT_SENT] * (len(told) - sent)
+    assert upstream.depth("orders") == sent
+
+
 async def test_a_connection_that_dies_leaves_what_was_sent_unknown_and_the_link_comes_back(
     link: PublishLink, upstream: Upstream, rabbitmq: PrivateRabbitMQ, vhost: str
 ) -> None:

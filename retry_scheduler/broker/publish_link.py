@@ -151,9 +151,12 @@ class PublishLink:
                 outcomes[place] = outcome
         return outcomes
 
-    async def waves(self, publications: Sequence[Publication]) -> AsyncIterator[list[tuple[int, Outcome]]]:
+    async def waves(
+        self, publications: Sequence[Publication], may_go_on: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[list[tuple[int, Outcome]]]:
         """Send all, and yield (place, outcome) of each as the broker answers, several at a time.
 
+        may_go_on: asked before each few; what is left when it says no is not sent.
         Usually one wave. Ends within about CONFIRM_TIMEOUT_S, or that long after an alarm is over.
         Never raises: trouble is an outcome.
         """
@@ -161,17 +164,17 @@ class PublishLink:
         large_bytes = sum(len(each.body) for each in publications if len(each.body) > LARGE_BYTES)
         self._large_bytes += large_bytes
         try:
-            async for wave in self._waves(batch, publications):
+            async for wave in self._waves(batch, publications, may_go_on):
                 yield wave
         finally:
             self._large_bytes -= large_bytes
             self._slow.pop(batch, None)
 
     async def _waves(
-        self, batch: ConfirmBatch, publications: Sequence[Publication]
+        self, batch: ConfirmBatch, publications: Sequence[Publication], may_go_on: Callable[[], bool]
     ) -> AsyncIterator[list[tuple[int, Outcome]]]:
         connection = self._connection
-        await self._write(batch, publications)
+        await self._write(batch, publications, may_go_on)
         began_s = time.monotonic()
         while True:
             await _done_within(batch, WAVE_S)
@@ -199,11 +202,13 @@ class PublishLink:
             elif silent_s < 2 * ASK_EVERY_S and connection is self._connection:
                 self._note_slow(batch, waiting)
 
-    async def _write(self, batch: ConfirmBatch, publications: Sequence[Publication]) -> None:
+    async def _write(
+        self, batch: ConfirmBatch, publications: Sequence[Publication], may_go_on: Callable[[], bool]
+    ) -> None:
         connection, ledger = self._connection, self._ledger
         for first in range(0, len(publications), _WRITE_RUN):
             run = range(first, min(first + _WRITE_RUN, len(publications)))
-            if connection is None or connection.closed.done() or self._blocked:
+            if connection is None or connection.closed.done() or self._blocked or not may_go_on():
                 for place in run:
                     batch.settle(place, Outcome.NOT_SENT)
                 continue
@@ -214,6 +219,7 @@ class PublishLink:
                         self._send(connection, ledger, batch, place, publications[place])
                     else:
                         batch.settle(place, known)
+            # Whatever gets its turn now may take seconds, or the process may be frozen.
             await asyncio.sleep(0)
 
     async def round_trip(self) -> None:

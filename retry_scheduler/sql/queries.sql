@@ -168,6 +168,15 @@ UPDATE retry_queue AS task
    AND task.status NOT IN ('retried', 'failed', 'discarded')  -- as in complete
 RETURNING task.id, extract(epoch FROM task.next_retry_at - clock_timestamp())::float8 AS due_in;
 
+-- name: suspect
+-- Change the evidence against attempts that are lent to us, and nothing else. May be repeated.
+-- $1 ids bigint[]; $2 claims int[]; $3 claims_unsettled int[].
+UPDATE retry_queue AS task
+   SET claims_unsettled = given.unsettled
+  FROM unnest($1::bigint[], $2::integer[], $3::integer[]) AS given (id, claims, unsettled)
+ WHERE task.id = given.id AND task.claims = given.claims
+   AND task.status NOT IN ('retried', 'failed', 'discarded');  -- as in complete
+
 -- name: claim_quarantined
 -- Lend quarantined messages that manual review has not got yet. $1 to $4 as in claim_due.
 WITH due AS MATERIALIZED (
@@ -197,13 +206,25 @@ RETURNING kept.id, kept.claims, kept.field, kept.reason, kept.raw_body, kept.rec
           kept.claims_unsettled;
 
 -- name: complete_quarantined
--- Note that manual review has got them. $1 ids bigint[]; $2 claims int[]. Returns the ids noted.
-UPDATE retry_quarantine AS kept
-   SET delivered_at = clock_timestamp(), claimed_until = NULL
-  FROM unnest($1::bigint[], $2::integer[]) AS done (id, claims)
- WHERE kept.id = done.id AND kept.claims = done.claims
-   AND coalesce(kept.delivered_at, 'infinity') = 'infinity'  -- as in complete
-RETURNING kept.id;
+-- Note that manual review has got them. $1 ids bigint[]; $2 claims int[].
+-- Returns the ids noted. Repeating it after a lost answer returns them again.
+WITH done AS (
+    SELECT * FROM unnest($1::bigint[], $2::integer[]) AS done (id, claims)
+), noted AS (
+    UPDATE retry_quarantine AS kept
+       SET delivered_at = clock_timestamp(), claimed_until = NULL
+      FROM done
+     WHERE kept.id = done.id AND kept.claims = done.claims
+       AND coalesce(kept.delivered_at, 'infinity') = 'infinity'  -- as in complete
+    RETURNING kept.id
+)
+SELECT id FROM noted
+UNION ALL
+SELECT kept.id
+  FROM done
+  JOIN retry_quarantine AS kept ON kept.id = done.id
+ WHERE kept.claims = done.claims AND kept.delivered_at IS NOT NULL
+   AND (SELECT count(*) FROM noted) < (SELECT count(*) FROM done);  -- otherwise nothing can be found here
 
 -- name: release_quarantined
 -- Give back what was not confirmed. Parameters as in release. Returns the ids given back.
@@ -217,6 +238,14 @@ UPDATE retry_quarantine AS kept
  WHERE kept.id = given.id AND kept.claims = given.claims
    AND coalesce(kept.delivered_at, 'infinity') = 'infinity'  -- as in complete
 RETURNING kept.id;
+
+-- name: suspect_quarantined
+-- Change the evidence against quarantined messages. Parameters as in suspect.
+UPDATE retry_quarantine AS kept
+   SET claims_unsettled = given.unsettled
+  FROM unnest($1::bigint[], $2::integer[], $3::integer[]) AS given (id, claims, unsettled)
+ WHERE kept.id = given.id AND kept.claims = given.claims
+   AND coalesce(kept.delivered_at, 'infinity') = 'infinity';  -- as in complete
 
 -- name: join_instances
 -- Enter one instance in the register, and forget who has been gone for long. $1 id uuid; $2 name text.
