@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from retry_scheduler.demo.ports import LOOPBACK
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from retry_scheduler.demo.private_servers import PrivateServers, private_servers
@@ -33,16 +34,15 @@ class Place:
         """The address of the virtual host, for the programs around the service."""
         return self.rabbitmq.url(self.name)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """The settings with which the service finds both."""
+    def settings(self, *, postgres_port: int, rabbitmq_port: int) -> dict[str, str]:
+        """Return the settings with which the service finds both through these ports."""
         return {
-            "POSTGRES_HOST": self.postgres.host,
-            "POSTGRES_PORT": str(self.postgres.port),
+            "POSTGRES_HOST": LOOPBACK,
+            "POSTGRES_PORT": str(postgres_port),
             "POSTGRES_USER": ROLE,
             "POSTGRES_PASSWORD": DATABASE_SECRET,
             "POSTGRES_DB": self.name,
-            "RABBITMQ_URL": self.url.replace("guest:guest", f"{ROLE}:{BROKER_SECRET}"),
+            "RABBITMQ_URL": f"amqp://{ROLE}:{BROKER_SECRET}@{LOOPBACK}:{rabbitmq_port}/{self.name}",
         }
 
     def sql(self, statement: str) -> str:
