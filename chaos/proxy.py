@@ -162,13 +162,13 @@ class Proxy:
             connection = self._loop.create_task(self._serve(client))
             self._connections.add(connection)
             connection.add_done_callback(self._connections.discard)
+            # One that is cut before it has begun closes nothing by itself.
+            connection.add_done_callback(lambda _, client=client: client.close())  # type: ignore[misc]
 
     async def _serve(self, client: socket.socket) -> None:
-        server = socket.socket()
-        with ExitStack() as sockets:
-            for end in (client, server):
-                end.setblocking(False)
-                sockets.callback(end.close)
+        with client, socket.socket() as server:
+            client.setblocking(False)
+            server.setblocking(False)
             try:
                 await self._flowing[Way.TO_SERVER].wait()
                 await self._loop.sock_connect(server, (LOOPBACK, self._server_port))
