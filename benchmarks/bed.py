@@ -4,15 +4,12 @@ fsync, full_page_writes and synchronous_commit are on; nothing else of either se
 """
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from benchmarks.usage import Usage
 from retry_scheduler.demo.ports import free_ports
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from retry_scheduler.demo.private_servers import PrivateServers, private_servers
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 25.0
@@ -153,13 +151,8 @@ class Place:
         return {**kept, **self.environment, **settings}
 
 
-@dataclass(frozen=True)
-class Bed:
+class Bed(PrivateServers):
     """Two running servers and a folder for logs."""
-
-    postgres: PrivatePostgres
-    rabbitmq: PrivateRabbitMQ
-    folder: Path
 
     @contextmanager
     def place(self, name: str) -> Iterator[Place]:
@@ -180,18 +173,8 @@ class Bed:
 @contextmanager
 def bed() -> Iterator[Bed]:
     """Start both servers, and remove every trace of them afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="retry-bench-"))
-    folder.chmod(0o711)  # PostgreSQL's unprivileged user must reach its own folder inside
-    with ExitStack() as cleaning:
-        cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
-        postgres = PrivatePostgres(folder / "postgres")
-        rabbitmq = PrivateRabbitMQ(folder / "rabbitmq")
-        cleaning.callback(postgres.stop)
-        cleaning.callback(rabbitmq.stop)
-        with ThreadPoolExecutor() as pool:
-            for starting in [pool.submit(postgres.start), pool.submit(rabbitmq.start)]:
-                starting.result()
-        yield Bed(postgres, rabbitmq, folder)
+    with private_servers("bench") as servers:
+        yield Bed(servers.postgres, servers.rabbitmq, servers.folder)
 
 
 def _answers(address: str) -> bool:

@@ -21,7 +21,7 @@ SERVER_MISSING = 69
 
 WARM_UP_S = 15.0
 
-# Each dependency's hardest faults, two of them at once, in less than a minute; the same every time.
+# Each dependency's hardest faults, two or three of them at once, in less than a minute; the same every time.
 SHORT = (
     Strike(0.0, "kill instance", 0.5, 0),
     Strike(3.0, "kill broker", 1.0),
@@ -32,6 +32,12 @@ SHORT = (
     Strike(22.0, "restart instance", 0.0, 0),
     Strike(26.0, "cut broker connections"),
     Strike(27.0, "cut database connections"),
+    Strike(28.0, "full queue", 2.0),
+    Strike(28.5, "silence database link", 4.0, 0),
+    Strike(29.0, "throttle broker link", 3.0, 1),
+    Strike(33.0, "read only", 1.5),
+    Strike(33.5, "deafen broker link", 2.0, 0),
+    Strike(34.0, "kill at failpoint", 0.5, 1),
 )
 
 

@@ -15,10 +15,7 @@ from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPError, NackError, UnroutableError
 
 from chaos.oplog import OperationLog
-from chaos.requests import Request
-
-RETRY_QUEUE = "retry.scheduled"
-REVIEW_QUEUE = "manual-review.pending"
+from chaos.requests import RETRY_QUEUE, Request
 
 # A frozen broker is noticed after two or three of these.
 HEARTBEAT_S = 5

@@ -5,17 +5,15 @@ server is tuned.
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from retry_scheduler.demo.ports import LOOPBACK
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from retry_scheduler.demo.private_servers import PrivateServers, private_servers
 
 ROLE = "chaos"
 DATABASE_SECRET = "canary-of-the-database"
@@ -36,16 +34,15 @@ class Place:
         """The address of the virtual host, for the programs around the service."""
         return self.rabbitmq.url(self.name)
 
-    @property
-    def environment(self) -> dict[str, str]:
-        """The settings with which the service finds both."""
+    def settings(self, *, postgres_port: int, rabbitmq_port: int) -> dict[str, str]:
+        """Return the settings with which the service finds both through these ports."""
         return {
-            "POSTGRES_HOST": self.postgres.host,
-            "POSTGRES_PORT": str(self.postgres.port),
+            "POSTGRES_HOST": LOOPBACK,
+            "POSTGRES_PORT": str(postgres_port),
             "POSTGRES_USER": ROLE,
             "POSTGRES_PASSWORD": DATABASE_SECRET,
             "POSTGRES_DB": self.name,
-            "RABBITMQ_URL": self.url.replace("guest:guest", f"{ROLE}:{BROKER_SECRET}"),
+            "RABBITMQ_URL": f"amqp://{ROLE}:{BROKER_SECRET}@{LOOPBACK}:{rabbitmq_port}/{self.name}",
         }
 
     def sql(self, statement: str) -> str:
@@ -58,13 +55,8 @@ class Place:
         return [json.loads(line) for line in said.splitlines()]
 
 
-@dataclass(frozen=True)
-class Bed:
+class Bed(PrivateServers):
     """Two running servers, and a folder that the service's processes may write to."""
-
-    postgres: PrivatePostgres
-    rabbitmq: PrivateRabbitMQ
-    folder: Path
 
     @contextmanager
     def place(self, name: str) -> Iterator[Place]:
@@ -82,17 +74,7 @@ class Bed:
 @contextmanager
 def bed() -> Iterator[Bed]:
     """Start both servers, and remove every trace of them afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="retry-chaos-"))
-    folder.chmod(0o711)  # PostgreSQL's unprivileged user must reach its own folder inside
-    with ExitStack() as cleaning:
-        cleaning.callback(shutil.rmtree, folder, ignore_errors=True)
-        postgres = PrivatePostgres(folder / "postgres")
-        rabbitmq = PrivateRabbitMQ(folder / "rabbitmq")
-        cleaning.callback(postgres.stop)
-        cleaning.callback(rabbitmq.stop)
-        with ThreadPoolExecutor() as pool:
-            for starting in [pool.submit(postgres.start), pool.submit(rabbitmq.start)]:
-                starting.result()
-        postgres.create_role(ROLE, DATABASE_SECRET)
-        rabbitmq.ctl("add_user", ROLE, BROKER_SECRET)
-        yield Bed(postgres, rabbitmq, folder)
+    with private_servers("chaos") as servers:
+        servers.postgres.create_role(ROLE, DATABASE_SECRET)
+        servers.rabbitmq.ctl("add_user", ROLE, BROKER_SECRET)
+        yield Bed(servers.postgres, servers.rabbitmq, servers.folder)

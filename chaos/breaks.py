@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import pika.channel
-
+import retry_scheduler.broker.frames as frames_module
 import retry_scheduler.consumer as consumer_module
 import retry_scheduler.sql as sql_module
 from retry_scheduler import database, messages
@@ -48,12 +47,14 @@ def acknowledge_before_commit() -> None:
 
 
 def publish_without_mandatory() -> None:
-    publish = pika.channel.Channel.basic_publish
+    def sample() -> list[bytes]:
+        frames_module._publish_frame.cache_clear()
+        return frames_module.message_frames(1, "queue", b"", b"", 1)
 
-    def without(self: Any, *arguments: Any, mandatory: bool, **options: Any) -> None:
-        publish(self, *arguments, mandatory=False, **options)
-
-    pika.channel.Channel.basic_publish = without
+    mandatory = sample()
+    frames_module._MANDATORY = 0
+    if sample() == mandatory:
+        raise AssertionError("messages are marked as mandatory somewhere else")
 
 
 def take_returned_for_delivered() -> None:

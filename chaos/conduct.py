@@ -1,12 +1,13 @@
 """I8 to I11: how the service behaves: honest counters, healing, bounded resources, kept secrets. Pure."""
 
 from bisect import bisect
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
-from chaos.duplicates import OVERTAKEN, UNKNOWN, Explanations
+from chaos.duplicates import OVERTAKEN, UNKNOWN, Explanations, is_outage
 from chaos.finding import Finding, Violation
-from chaos.history import Event, History, Sample
+from chaos.history import Event, Fault, History, Sample, attempt_of
+from chaos.schedule import HORIZON
 
 SCHEDULED = "Retry scheduled"
 EXECUTED = "Retry executed successfully"
@@ -73,8 +74,9 @@ def heals(history: History) -> Finding:
     """I9: after each fault the work goes on within seconds, and after the last one everything gets done."""
     violations: list[Violation] = []
     slowest_s = 0.0
-    for fault in history.faults:
-        others = [other for other in history.faults if other is not fault and other.near(fault.healed, 1.0)]
+    faults = [fault for fault in history.faults if fault.target != HORIZON]
+    for fault in faults:
+        others = [other for other in faults if other is not fault and other.near(fault.healed, 1.0)]
         if others or fault.healed > history.healed_at:
             continue
         following = bisect(history.delivered_at, fault.healed)
@@ -88,13 +90,16 @@ def heals(history: History) -> Finding:
     elif quiet_s > QUIET_WITHIN_S:
         violations.append(Violation(f"came to rest only after {quiet_s:.1f} s"))
     latest_s = 0.0
+    outages = [fault for fault in history.faults if is_outage(fault)]
     for event in history.events:
         late_s = (event.late_ms or 0) / 1000
-        if late_s > min(latest_s, LATE_AT_MOST_S) and not _excused(event, history):
+        if late_s > min(latest_s, LATE_AT_MOST_S) and not _excused(event, outages, history):
             latest_s = max(latest_s, late_s)
             if late_s > LATE_AT_MOST_S:
                 violations.append(Violation(f"{late_s:.1f} s late", event.retry_id))
+    violations += _out_of_work(faults, history)
     violations += _ended_by_themselves(history)
+    violations += [Violation(f"{instance} is not ready at the end") for instance in history.not_ready]
     figures: dict[str, float | int | str] = {
         "faults": len(history.faults),
         "slowest to deliver again, s": slowest_s,
@@ -134,6 +139,29 @@ def secrets_kept(history: History) -> Finding:
     return Finding("I11", "secrets are kept", {"leaks": len(violations)}, violations)
 
 
+def _out_of_work(faults: Sequence[Fault], history: History) -> Iterator[Violation]:
+    """Faults of one instance after which that instance did not deliver again, though nothing else hit it."""
+    delivered_at: dict[str | None, list[float]] = defaultdict(list)
+    for event in history.events:
+        if event.message == EXECUTED:
+            delivered_at[history.instance_of.get(event.pid)].append(event.at)
+    for fault in faults:
+        until = fault.healed + HEALS_WITHIN_S + DETECTION_S
+        if fault.instance is None or until > history.healed_at:
+            continue
+        if any(
+            other is not fault
+            and other.hits(fault.instance)
+            and other.began <= until
+            and other.healed >= fault.began
+            for other in faults
+        ):
+            continue
+        at = delivered_at[fault.instance]
+        if bisect(at, fault.healed) == bisect(at, until):
+            yield Violation(f"{fault.instance} has delivered nothing after: {fault.name}")
+
+
 def _ended_by_themselves(history: History) -> Iterator[Violation]:
     ended = {event.pid for event in history.instance_events if event.what in ("kill", "ended")}
     starts = [event for event in history.instance_events if event.what == "start"]
@@ -147,14 +175,21 @@ def _ended_by_themselves(history: History) -> Iterator[Violation]:
             yield Violation(f"{instance} does not answer at the end, process {pid}")
 
 
-def _excused(event: Event, history: History) -> bool:
-    """Whether a server was away, or just back, at any time between a retry's due time and its delivery."""
+def _excused(event: Event, outages: Sequence[Fault], history: History) -> bool:
+    """Whether a server was away, or just back, at any time between a retry's due time and its delivery.
+
+    Away for one instance only, it excuses what that instance had in hand: it delivered it, or another one did
+    that was not the first to claim it.
+    """
     due = event.at - (event.late_ms or 0) / 1000
+    key = attempt_of(event.retry_id or "")
+    row = history.rows_by_key.get(key) if key else None
+    passed_on = row is not None and row.claims > 1
     return any(
-        fault.target != "instance"
+        (passed_on or fault.hits(history.instance_of.get(event.pid)))
         and fault.began <= event.at
         and due <= fault.healed + HEALS_WITHIN_S + DETECTION_S
-        for fault in history.faults
+        for fault in outages
     )
 
 

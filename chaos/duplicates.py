@@ -3,8 +3,8 @@
 A delivery marked as redelivered is the broker's doing. Every other one is a publication of the service.
 A second publication of one x-retry-id needs a reason:
 
-    unknown    the service said that it did not learn what became of it, during a fault of the broker, or
-               while or after it was frozen itself
+    unknown    the service said that it did not learn what became of it, during a fault of the broker or of
+               its own link to it, or while or after it was frozen itself
     overtaken  another instance had buried it, or it was frozen; and it had published before
     killed     the process that had published was killed, or ended without settling
 
@@ -14,7 +14,8 @@ Without such a reason a duplicate is a violation, and so is every one while noth
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from chaos.history import Arrival, Event, History
+from chaos.history import Arrival, Event, Fault, History
+from chaos.schedule import BROKER, BROKER_LINK, DATABASE, DATABASE_LINK, INSTANCE
 
 UNKNOWN = (
     "Retry outcome unknown - will be sent again under the same x-retry-id",
@@ -25,6 +26,10 @@ OVERTAKEN = "Retry settled by another instance"
 MALFORMED_MOVED = "Malformed request moved to manual review"
 BURIED = "An instance has stopped beating - its claimed retries are taken over"
 UNSETTLED = "Stopping without settling everything: a server does not answer; the rest will be taken over"
+
+# In these the broker goes on answering, that it refuses a message or takes none. They cost no confirm.
+REFUSING = {"full queue", "full review"}
+ANSWERING = {*REFUSING, "broker alarm"}
 
 # A confirm is waited for during 10 s, and its loss is noted, settled and logged after that.
 UNKNOWN_GRACE_S = 15.0
@@ -67,14 +72,15 @@ class Explanations:
         return said + died
 
     def _accepted(self, event: Event, arrivals: Sequence[Arrival]) -> bool:
+        instance = self._history.instance_of.get(event.pid)
         if event.message in UNKNOWN:
-            return self._broker_fault_near(event.at, UNKNOWN_GRACE_S) or any(
+            return self._confirms_lost(event.at, instance) or any(
                 pid == event.pid and began <= event.at <= ended + UNKNOWN_GRACE_S
                 for pid, began, ended in self._frozen
             )
         if event.message in (OVERTAKEN, MALFORMED_MOVED):
             return any(
-                arrival.at <= since + ARRIVAL_S or self._broker_fault_near(arrival.at, ARRIVAL_S)
+                arrival.at <= since + ARRIVAL_S or self._held_up(arrival.at, instance)
                 for since in self._out_of_action(event)
                 for arrival in arrivals
             )
@@ -90,8 +96,28 @@ class Explanations:
             if pid == str(event.pid) and at <= event.at + SETTLES_S and not was_frozen:
                 yield at - ARRIVAL_S
 
-    def _broker_fault_near(self, at: float, grace_s: float) -> bool:
-        return any(fault.near(at, grace_s) for fault in self._history.faults if fault.target == "broker")
+    def _confirms_lost(self, noticed_at: float, instance: str | None) -> bool:
+        """Whether an instance may have lost a confirm, and noticed it then."""
+        return any(
+            fault.near(noticed_at, UNKNOWN_GRACE_S)
+            for fault in self._broker_outages(instance)
+            if fault.name not in ANSWERING
+        )
+
+    def _held_up(self, arrived_at: float, instance: str | None) -> bool:
+        """Whether what arrived then may have been published long before."""
+        return any(fault.near(arrived_at, ARRIVAL_S) for fault in self._broker_outages(instance))
+
+    def _broker_outages(self, instance: str | None) -> Iterator[Fault]:
+        for fault in self._history.faults:
+            if fault.target in (BROKER, BROKER_LINK) and is_outage(fault) and fault.hits(instance):
+                yield fault
+
+
+def is_outage(fault: Fault) -> bool:
+    """Whether a server is away in it, for all instances or for one."""
+    servers = (BROKER, DATABASE, BROKER_LINK, DATABASE_LINK)
+    return fault.target in servers and fault.name not in REFUSING
 
 
 def publications(arrivals: Sequence[Arrival]) -> int:
@@ -104,7 +130,8 @@ def publications(arrivals: Sequence[Arrival]) -> int:
 
 def most_duplicates(history: History, outstanding: int, instances: int) -> int:
     """The contract's bound: what may be outstanding, for each instance that was hit by each fault."""
-    hit = sum(1 if fault.target == "instance" else instances for fault in history.faults)
+    harmful = [fault for fault in history.faults if is_outage(fault) or fault.target == INSTANCE]
+    hit = sum(instances if fault.instance is None else 1 for fault in harmful)
     hit += sum(event.message == BURIED for event in history.events)
     return hit * outstanding
 
@@ -114,7 +141,7 @@ class _Death:
     """The end of a process that left something unsettled.
 
     earliest: from when on it may have published or stored something and not settled or said it; while a
-    server is away, nothing is settled. latest: until when a server that was away may have carried out its
+    server is away for it, nothing is settled. latest: until when such a server may have carried out its
     last wish.
     """
 
@@ -124,19 +151,20 @@ class _Death:
 
 
 def _deaths(history: History) -> Iterator[_Death]:
-    killed = [event.at for event in history.instance_events if event.what == "kill"]
-    gave_up = [event.at for event in history.events if event.message == UNSETTLED]
-    for at in sorted([*killed, *gave_up]):
+    killed = [(event.at, event.pid) for event in history.instance_events if event.what == "kill"]
+    gave_up = [(event.at, event.pid) for event in history.events if event.message == UNSETTLED]
+    for at, pid in sorted([*killed, *gave_up]):
+        instance = history.instance_of.get(pid)
         earliest, latest = at - SETTLES_S, at + SETTLES_S
         for fault in sorted(history.faults, key=lambda fault: fault.began, reverse=True):
-            if fault.target == "instance":
+            if not is_outage(fault) or not fault.hits(instance):
                 continue
             if fault.near(at, SETTLES_S):
                 latest = max(latest, fault.healed + SETTLES_S)
             if fault.near(earliest, SETTLES_S):
                 earliest = min(earliest, fault.began - SETTLES_S)
-        for _, began, ended in _frozen(history):
-            if began <= at <= ended + SETTLES_S:
+        for frozen, began, ended in _frozen(history):
+            if frozen == pid and began <= at <= ended + SETTLES_S:
                 earliest = min(earliest, began - SETTLES_S)
         yield _Death(earliest, at, latest)
 

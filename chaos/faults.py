@@ -2,45 +2,48 @@
 
     fault(stage, strike) -> heal()
 
-Kills and freezes of an instance, and the lock, choose their moment: see `moment`.
+Kills and freezes of an instance, and the lock, choose their moment: see `moment`. Those of links are in
+`link_faults`.
 """
 
 import asyncio
+import json
 import os
+import random
+import re
 import signal
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from chaos.bed import ROLE, Place
-from chaos.instance import Instance
+from chaos.bed import ROLE
+from chaos.horizon import PinnedHorizon
+from chaos.link_faults import LINK_FAULTS
 from chaos.moment import hold_table_lock, strike_in_time
-from chaos.schedule import Strike
+from chaos.requests import FULL_QUEUE, REVIEW_QUEUE
+from chaos.schedule import BROKER_LINK, DATABASE_LINK, Strike, target_of
+from chaos.stage import Stage
 
 Heal = Callable[[], None]
+Fault = Callable[[Stage, Strike], Heal]
+
+# Where a crash matters (docs/data_flow.md), and where every instance under load comes within a second.
+DEADLY_POINTS = (
+    "before_store",
+    "before_quarantine",
+    "before_ack",
+    "after_claim",
+    "before_publish",
+    "before_confirm",
+    "after_confirm",
+    "after_settle",
+    "after_quarantine_claim",
+    "after_quarantine_confirm",
+    "after_quarantine_settle",
+    "before_beat",
+)
 
 # A lock waits for the statements before it.
 LOCKED_WITHIN_S = 3.0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a fault may break."""
-
-    place: Place
-    instances: Sequence[Instance]
-
-    def heal_all(self) -> None:
-        """Whatever was done, and whatever state it is in: everything runs, nothing is frozen or blocked."""
-        for server in (self.place.postgres, self.place.rabbitmq):
-            server.thaw()
-            if not server.is_running:
-                server.start()
-        _lift_alarm(self)
-        for instance in self.instances:
-            instance.thaw()
-            if not instance.is_running:
-                instance.start()
 
 
 def _nothing() -> None:
@@ -79,7 +82,16 @@ def cut_broker_connections(stage: Stage, strike: Strike) -> Heal:
 
 def broker_alarm(stage: Stage, strike: Strike) -> Heal:
     stage.place.rabbitmq.ctl("set_disk_free_limit", "10000GB")
-    return lambda: _lift_alarm(stage)
+    return stage.lift_alarm
+
+
+def full_queue(stage: Stage, strike: Strike) -> Heal:
+    """Whatever is published to this queue is refused; what is in it is delivered."""
+    return _fill(stage, FULL_QUEUE)
+
+
+def full_review(stage: Stage, strike: Strike) -> Heal:
+    return _fill(stage, REVIEW_QUEUE)
 
 
 def kill_database(stage: Stage, strike: Strike) -> Heal:
@@ -121,9 +133,27 @@ def lock_table(stage: Stage, strike: Strike) -> Heal:
     return holding.join
 
 
+def read_only(stage: Stage, strike: Strike) -> Heal:
+    """The database answers and takes no writes, as the former primary does after a failover."""
+    _configure(stage, "ALTER SYSTEM SET default_transaction_read_only = on")
+    return lambda: _configure(stage, "ALTER SYSTEM RESET default_transaction_read_only")
+
+
+def pin_horizon(stage: Stage, strike: Strike) -> Heal:
+    horizon = PinnedHorizon(stage.place)
+    horizon.pin()
+    return horizon.release
+
+
 def kill_instance(stage: Stage, strike: Strike) -> Heal:
     instance = stage.instances[strike.instance]
     strike_in_time(stage.place, strike, instance.kill, pid=instance.pid)
+    return instance.start
+
+
+def kill_at_failpoint(stage: Stage, strike: Strike) -> Heal:
+    instance = stage.instances[strike.instance]
+    instance.die_at(random.Random(str(strike)).choice(DEADLY_POINTS))
     return instance.start
 
 
@@ -139,27 +169,55 @@ def restart_instance(stage: Stage, strike: Strike) -> Heal:
     return instance.start
 
 
-FAULTS: dict[str, Callable[[Stage, Strike], Heal]] = {
-    fault.__name__.replace("_", " "): fault
-    for fault in (
-        kill_broker,
-        stop_broker,
-        freeze_broker,
-        smother_broker,
-        cut_broker_connections,
-        broker_alarm,
-        kill_database,
-        stop_database,
-        freeze_database,
-        cut_database_connections,
-        kill_backend,
-        lock_table,
-        kill_instance,
-        freeze_instance,
-        restart_instance,
-    )
+def break_link(stage: Stage, strike: Strike) -> Heal:
+    links = stage.links[strike.instance]
+    link = links.broker if target_of(strike.fault) == BROKER_LINK else links.database
+    LINK_FAULTS[strike.fault.partition(" ")[0]](link, random.Random(str(strike)))
+    return link.heal
+
+
+FAULTS: dict[str, Fault] = {
+    **{
+        fault.__name__.replace("_", " "): fault
+        for fault in (
+            kill_broker,
+            stop_broker,
+            freeze_broker,
+            smother_broker,
+            cut_broker_connections,
+            broker_alarm,
+            full_queue,
+            full_review,
+            kill_database,
+            stop_database,
+            freeze_database,
+            cut_database_connections,
+            kill_backend,
+            lock_table,
+            read_only,
+            pin_horizon,
+            kill_instance,
+            kill_at_failpoint,
+            freeze_instance,
+            restart_instance,
+        )
+    },
+    **{f"{name} {target}": break_link for name in LINK_FAULTS for target in (BROKER_LINK, DATABASE_LINK)},
 }
 
 
-def _lift_alarm(stage: Stage) -> None:
-    stage.place.rabbitmq.ctl("set_disk_free_limit", "50MB")
+def _fill(stage: Stage, queue: str) -> Heal:
+    place = stage.place
+    limits = json.dumps({"max-length": 0, "overflow": "reject-publish"})
+    pattern = f"^{re.escape(queue)}$"
+    place.rabbitmq.ctl("set_policy", "-p", place.name, "--apply-to", "queues", "full", pattern, limits)
+
+    def heal() -> None:
+        place.rabbitmq.ctl("clear_policy", "-p", place.name, "full")
+
+    return heal
+
+
+def _configure(stage: Stage, statement: str) -> None:
+    stage.place.sql(statement)
+    stage.place.sql("SELECT pg_reload_conf()")

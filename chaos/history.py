@@ -11,6 +11,12 @@ from functools import cached_property
 Key = tuple[str, int]  # message_id, retry_count
 
 
+def attempt_of(retry_id: str) -> Key | None:
+    """Return the attempt that an x-retry-id names; None for malformed input."""
+    message_id, _, count = retry_id.rpartition(":")
+    return (message_id, int(count)) if len(message_id) == 36 and count.isdigit() else None
+
+
 @dataclass(frozen=True, slots=True)
 class Enqueue:
     """A request to the retry queue. outcome: ok, fail, or info, as long as nothing else is known."""
@@ -50,13 +56,15 @@ class Arrival:
     @property
     def key(self) -> Key | None:
         """The attempt that its x-retry-id names; None for malformed input."""
-        message_id, _, count = self.retry_id.rpartition(":")
-        return (message_id, int(count)) if len(message_id) == 36 and count.isdigit() else None
+        return attempt_of(self.retry_id)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """From just before a fault until just after it was healed. instance: its name, where it is one."""
+    """From just before a fault until just after it was healed.
+
+    target: as in `schedule`. instance: the only one that it hits; None if it hits all.
+    """
 
     name: str
     target: str
@@ -67,6 +75,10 @@ class Fault:
     def near(self, at: float, grace_s: float) -> bool:
         """Whether `at` is within it, or at most `grace_s` after it."""
         return self.began <= at <= self.healed + grace_s
+
+    def hits(self, instance: str | None) -> bool:
+        """Whether it hits that instance."""
+        return self.instance in (None, instance)
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of retry_queue at the end."""
+    """One row of retry_queue at the end. claims: how often it was lent to an instance."""
 
     message_id: str
     retry_count: int
@@ -106,6 +118,7 @@ class Row:
     created_at: float
     finished_at: float | None = None
     note: str | None = None
+    claims: int = 1
 
     @property
     def key(self) -> Key:
@@ -150,6 +163,7 @@ class History:
     """One trial. healed_at: the last fault was over. quiet_at: nothing was left to do; None: that never came.
 
     backoff_ms: base and cap of the service's delays. complaints: what no log of a service may hold.
+    not_ready: instances that do not say that they work although everything else does.
     connections, connections_most: to the database at the end, and how many there may be.
     """
 
@@ -167,6 +181,7 @@ class History:
     healed_at: float = 0.0
     quiet_at: float | None = 0.0
     left: str = ""
+    not_ready: Sequence[str] = ()
     backoff_ms: tuple[int, int] = (200, 3000)
     connections: int = 0
     connections_most: int = 100
@@ -194,6 +209,11 @@ class History:
     def reviews_by_id(self) -> dict[str, list[Arrival]]:
         """Arrivals in manual review, by x-retry-id, in their order."""
         return _by_retry_id(self.reviews)
+
+    @cached_property
+    def instance_of(self) -> dict[int, str]:
+        """Which instance each process was."""
+        return {event.pid: event.instance for event in self.instance_events}
 
     @cached_property
     def delivered_at(self) -> list[float]:

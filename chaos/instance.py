@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,13 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 START_TAKES = timedelta(seconds=60)
 # The promise is 20 s; more would be seen by I9, and not here.
 STOP_TAKES = timedelta(seconds=25)
+# Longer would be no kill in the midst of the work.
+COMES_TO_A_POINT = timedelta(seconds=2)
 PAGE_TIMEOUT_S = 5.0
+
+# Names the folder in which `die_at` leaves its wish for the launcher.
+FAILPOINTS = "FAILPOINTS"
+COMMAND = ("-m", "chaos.launcher")
 
 _PASSED_ON = ("PATH", "HOME", "LANG", "PYTHONPATH")
 
@@ -35,14 +42,17 @@ class Instance:
         folder: Path,
         settings: Mapping[str, str],
         log: OperationLog,
-        command: Sequence[str] = ("-m", "retry_scheduler", "run"),
+        command: Sequence[str] = COMMAND,
     ) -> None:
-        """folder: for its logs. command: what Python is given to run."""
+        """folder: for its logs. command: what Python is given to run; ends with or like COMMAND."""
         self.name = name
         self._http_port, self._metrics_port = free_ports(2)
         kept = {name: value for name, value in os.environ.items() if name in _PASSED_ON}
         ports = {"HTTP_PORT": str(self._http_port), "METRICS_PORT": str(self._metrics_port)}
-        self._environment = {**kept, "HTTP_HOST": LOOPBACK, **ports, **settings}
+        self._failpoints = folder / f"{name}.failpoints"
+        self._failpoints.mkdir()
+        armed = {FAILPOINTS: str(self._failpoints)}
+        self._environment = {**kept, "HTTP_HOST": LOOPBACK, **ports, **armed, **settings}
         self._folder = folder
         self._log = log
         self._command = command
@@ -104,6 +114,16 @@ class Instance:
             self._note("kill")
             self._running().kill()
             self.frozen = False
+
+    def die_at(self, point: str) -> None:
+        """Let it be killed when its work comes to a failpoint, or a little later if it does not."""
+        wish = self._failpoints / point
+        wish.touch()
+        with suppress(PrivateServerError):
+            wait_until(lambda: not self.is_running, within=COMES_TO_A_POINT, what=f"{self.name} to die")
+        wish.unlink()
+        self._note("kill")
+        self._running().kill()
 
     def freeze(self) -> None:
         """SIGSTOP."""

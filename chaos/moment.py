@@ -28,8 +28,9 @@ SELECT count(*) FROM retry_queue AS task JOIN retry_instance AS owner ON owner.i
 """
 _LOCK = "BEGIN; SET LOCAL lock_timeout = '3s'; LOCK TABLE retry_queue IN ACCESS EXCLUSIVE MODE"
 
-# The last one comes when the server's farewell arrives in the middle of a statement.
-_TROUBLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+# While servers come and go. The last one comes when the server's farewell arrives in the middle of a
+# statement.
+TROUBLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 def strike_in_time(place: Place, strike: Strike, blow: Callable[[], None], *, pid: int) -> None:
@@ -39,7 +40,7 @@ def strike_in_time(place: Place, strike: Strike, blow: Callable[[], None], *, pi
 
     async def wait() -> None:
         nonlocal struck
-        connection = await _connect(place)
+        connection = await connect(place)
         try:
             await _rows_in_hand(connection, strike, str(pid))
             struck = True
@@ -48,7 +49,7 @@ def strike_in_time(place: Place, strike: Strike, blow: Callable[[], None], *, pi
             connection.terminate()
 
     if not strike.at_once:
-        with suppress(*_TROUBLE):
+        with suppress(*TROUBLE):
             asyncio.run(wait())
     if not struck:
         blow()
@@ -59,8 +60,8 @@ async def hold_table_lock(place: Place, strike: Strike, locked: Callable[[], Non
 
     Another fault may end the session, and the lock with it.
     """
-    with suppress(*_TROUBLE):
-        connection = await _connect(place)
+    with suppress(*TROUBLE):
+        connection = await connect(place)
         try:
             if not strike.at_once:
                 with suppress(TimeoutError):
@@ -72,7 +73,8 @@ async def hold_table_lock(place: Place, strike: Strike, locked: Callable[[], Non
             connection.terminate()
 
 
-async def _connect(place: Place) -> asyncpg.Connection:
+async def connect(place: Place) -> asyncpg.Connection:
+    """Return a superuser's connection that waits for no lock. Raises one of TROUBLE."""
     connecting: Awaitable[asyncpg.Connection] = asyncpg.connect(
         host=place.postgres.host,
         port=place.postgres.port,

@@ -9,9 +9,10 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 
-from chaos.faults import FAULTS, Stage
+from chaos.faults import FAULTS
 from chaos.oplog import OperationLog
-from chaos.schedule import INSTANCE, Strike, target_of
+from chaos.schedule import OF_ONE, Strike, target_of
+from chaos.stage import Stage
 
 
 class Nemesis:
@@ -34,7 +35,7 @@ class Nemesis:
             time.sleep(max(began + strike.at_s - time.monotonic(), 0))
             target = target_of(strike.fault)
             # On a busy machine a server may still be starting when it should be struck again.
-            lock = self._locks[target, strike.instance if target == INSTANCE else 0]
+            lock = self._locks[target, strike.instance if target in OF_ONE else 0]
             thread = threading.Thread(
                 target=self._strike, args=(strike, lock), name=strike.fault, daemon=True
             )
@@ -52,7 +53,7 @@ class Nemesis:
 
     def _break_and_heal(self, strike: Strike) -> None:
         fields = {"fault": strike.fault, "target": target_of(strike.fault), "lasts_s": strike.lasts_s}
-        if fields["target"] == INSTANCE:
+        if fields["target"] in OF_ONE:
             fields["instance"] = self._stage.instances[strike.instance].name
         operation = self._log.new_operation()
         self._log.write("fault", "invoke", operation=operation, **fields)

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from chaos.amqp import PAUSE_S, REVIEW_QUEUE, QueueConsumer, Upstream
+from chaos.amqp import PAUSE_S, QueueConsumer, Upstream
 from chaos.oplog import OperationLog
-from chaos.requests import MIX, RequestMix, make_request, sha256
+from chaos.requests import MIX, REVIEW_QUEUE, RequestMix, make_request, sha256
 
 FAILS_WITH_PROBABILITY = 0.4
 

@@ -18,6 +18,11 @@ from uuid import UUID
 
 QUEUES = ("chaos.orders", "chaos.invoices", "chaos.mails")
 MISSING_QUEUE = "chaos.nobody-is-here"
+# The one of QUEUES that refuses everything at times.
+FULL_QUEUE = QUEUES[0]
+
+RETRY_QUEUE = "retry.scheduled"
+REVIEW_QUEUE = "manual-review.pending"
 
 # Stands at the beginning of each payload, so that a payload in a log can be recognised.
 PAYLOAD_MARK = b"chaos payload that nobody may log: "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from chaos.duplicates import Explanations, most_duplicates, publications
 from chaos.finding import Finding, Violation
 from chaos.history import Arrival, Enqueue, History, Key, Row
+from chaos.requests import FULL_QUEUE, MISSING_QUEUE
 
 # The contract's bound on what one instance has outstanding (docs/contract.md).
 MOST_OUTSTANDING = 512
@@ -17,7 +18,11 @@ MOST_OUTSTANDING = 512
 # Consumer and database share one clock here; this is for its readings, taken by two programs.
 EARLY_TOLERANCE_S = 0.05
 
-REASONS = {"exhausted", "unroutable", "unpublishable", "malformed"}
+# A queue learns a little later that its policy has changed.
+FULL_UNTIL_S = 1.0
+
+# Nothing that is sent here is unpublishable.
+REASONS = {"exhausted", "unroutable", "malformed"}
 
 
 def nothing_lost(history: History) -> Finding:
@@ -160,6 +165,8 @@ def right_way(history: History) -> Finding:
             violations.append(Violation(f"in review for {arrival.reason}", arrival.retry_id))
         elif row is not None and exhausted != (arrival.reason == "exhausted"):
             violations.append(Violation(f"in review as {arrival.reason}", arrival.retry_id))
+        elif arrival.reason == "unroutable" and not (row and _undeliverable(row, history)):
+            violations.append(Violation("in review as unroutable, and its queue takes it", arrival.retry_id))
     reasons = Counter(str(arrival.reason) for arrival in history.reviews)
     return Finding("I7", "everything goes the right way", dict(sorted(reasons.items())), violations)
 
@@ -192,6 +199,18 @@ def _unexpected(arrival: Arrival, history: History, malformed: set[str]) -> str 
     if arrival.retry_count != arrival.key[1] + 1:
         return f"x-retry-count is {arrival.retry_count}"
     return None
+
+
+def _undeliverable(row: Row, history: History) -> bool:
+    """Whether its queue does not exist, or was full while it was pending."""
+    queues = {each.queue for each in history.requests_by_id.get(row.message_id, ())}
+    was_full = any(
+        fault.name == "full queue"
+        and row.created_at <= fault.healed + FULL_UNTIL_S
+        and fault.began <= (row.finished_at or float("inf"))
+        for fault in history.faults
+    )
+    return MISSING_QUEUE in queues or (FULL_QUEUE in queues and was_full)
 
 
 def _more_attempts_than_requests(history: History) -> Iterator[Violation]:

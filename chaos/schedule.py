@@ -1,7 +1,8 @@
 """Which fault strikes when: drawn from the seed before anything runs. Pure arithmetic.
 
-One fault at a time, or two that overlap, each against a dependency of its own: the broker, the database,
-an instance of the service. Every kind has its turn before one comes again.
+One fault at a time, or two that overlap, each against a target of its own: the broker, the database, an
+instance of the service, or an instance's link to one of the servers. Every kind has its turn before one
+comes again. In the middle of it all an old transaction keeps the database from cleaning up.
 """
 
 import random
@@ -9,6 +10,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 BROKER, DATABASE, INSTANCE = "broker", "database", "instance"
+BROKER_LINK, DATABASE_LINK = "broker link", "database link"
+# Faults of one instance alone.
+OF_ONE = (INSTANCE, BROKER_LINK, DATABASE_LINK)
+# Hurts nobody by itself, and so goes on while other faults come and go.
+HORIZON, PIN_HORIZON = "horizon", "pin horizon"
+
+# Some outlast the wait for a confirm (10 s) or for an answer of the database (6 s).
+LINK_LASTS_S: Mapping[str, tuple[float, float]] = {
+    "silence": (2, 13),
+    "mute": (2, 13),
+    "deafen": (2, 13),
+    "forget": (7, 13),
+    "refuse": (1, 4),
+    "reset": (0, 0),
+    "cut": (1, 2),
+    "delay": (4, 8),
+    "throttle": (4, 8),
+}
 
 # Which faults there are, against what, and how long they last, in seconds; 0: a blow, nothing to heal.
 # `smother` is a freeze that outlasts the wait for a confirm (10 s) and ends in a kill.
@@ -19,7 +38,9 @@ LASTS_S: Mapping[str, Mapping[str, tuple[float, float]]] = {
         "freeze broker": (2, 8),
         "smother broker": (11.5, 12.5),
         "cut broker connections": (0, 0),
-        "broker alarm": (2, 8),
+        "broker alarm": (2, 14),
+        "full queue": (2, 6),
+        "full review": (2, 6),
     },
     DATABASE: {
         "kill database": (1, 4),
@@ -28,16 +49,26 @@ LASTS_S: Mapping[str, Mapping[str, tuple[float, float]]] = {
         "cut database connections": (0, 0),
         "kill backend": (0, 0),
         "lock table": (2, 6),
+        "read only": (2, 6),
     },
     INSTANCE: {
         "kill instance": (0.5, 3),
+        "kill at failpoint": (0.5, 3),
         "freeze instance": (1, 9),
         "restart instance": (0, 0),
+    },
+    **{
+        target: {f"{fault} {target}": lasts_s for fault, lasts_s in LINK_LASTS_S.items()}
+        for target in (BROKER_LINK, DATABASE_LINK)
     },
 }
 
 OVERLAPPING = 0.4
 SHORTEST_GAP_S, LONGEST_GAP_S = 2.0, 5.0
+
+# The pinned horizon, in parts of the whole time.
+PIN_BEGINS = (0.05, 0.25)
+PIN_LASTS = (0.4, 0.6)
 
 
 @dataclass(frozen=True, order=True)
@@ -56,14 +87,17 @@ class Strike:
 
 def target_of(fault: str) -> str:
     """Return what a fault is aimed at. Raises KeyError if there is no such fault."""
+    if fault == PIN_HORIZON:
+        return HORIZON
     return {fault: target for target, faults in LASTS_S.items() for fault in faults}[fault]
 
 
 def random_schedule(seed: int, seconds: float, instances: int) -> list[Strike]:
-    """Return strikes that begin and, but for the last, end within `seconds`, in their order."""
+    """Return strikes that begin and end within `seconds`, in their order."""
     dice = random.Random(f"{seed} schedule")
     bags = {target: _bag(dice, tuple(faults)) for target, faults in LASTS_S.items()}
-    strikes: list[Strike] = []
+    begins, lasts = dice.uniform(*PIN_BEGINS), dice.uniform(*PIN_LASTS)
+    strikes = [Strike(round(begins * seconds, 2), PIN_HORIZON, round(lasts * seconds, 2))]
     at_s = 0.0
     while True:
         targets = dice.sample(tuple(bags), k=2 if dice.random() < OVERLAPPING else 1)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from chaos.bed import Bed, bed
 from chaos.checker import check
 from chaos.finding import Finding
+from chaos.instance import COMMAND
 from chaos.report import details
 from chaos.requests import MIX
 from chaos.schedule import Strike
@@ -127,7 +128,7 @@ def _run(servers: Bed, form: Form, seed: int, function: str | None, *, verbose: 
     """Return the invariants that are violated."""
     folder = servers.folder / f"teeth-{time.monotonic_ns()}"
     folder.mkdir()
-    command = ("-m", "retry_scheduler", "run") if function is None else ("-m", "chaos.launcher", function)
+    command = COMMAND if function is None else (*COMMAND, function)
     plan = Plan(
         seed,
         form.strikes,

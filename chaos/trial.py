@@ -11,18 +11,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos.amqp import RETRY_QUEUE, REVIEW_QUEUE, QueueConsumer, declare_queues
+from chaos.amqp import QueueConsumer, declare_queues
 from chaos.bed import Bed, Place
-from chaos.faults import Stage
 from chaos.history import History
-from chaos.instance import Instance
+from chaos.instance import COMMAND, Instance
+from chaos.links import links
 from chaos.monitor import Monitor
 from chaos.nemesis import Nemesis
 from chaos.oplog import OperationLog
 from chaos.programs import Generator, ReviewSink, Worker
 from chaos.reading import OPERATIONS, QUARANTINED, ROWS, Ending, leaks_in, read_history
-from chaos.requests import MIX, QUEUES
+from chaos.requests import MIX, QUEUES, RETRY_QUEUE, REVIEW_QUEUE
 from chaos.schedule import Strike
+from chaos.stage import Stage
 from retry_scheduler.demo.processes import PrivateServerError
 
 BASE_DELAY_MS, MAX_DELAY_MS = 200, 3000
@@ -44,6 +45,8 @@ GENERATORS = 2
 LOOK_EVERY_S = 0.5
 # Lines of the log are written by a thread of their own, and counters move at once.
 LOGS_FOLLOW_WITHIN_S = 0.5
+# A connection whose peer has fallen silent may be noticed only now: three heartbeats, and 5 s to heal.
+READY_WITHIN_S = 38.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Plan:
     quiet_within_s: float = 60.0
     per_second: float = 100.0
     mix: Mapping[str, float] = field(default_factory=lambda: MIX)
-    command: Sequence[str] = ("-m", "retry_scheduler", "run")
+    command: Sequence[str] = COMMAND
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -72,10 +75,16 @@ def run_trial(bed: Bed, plan: Plan, folder: Path) -> History:
         place = leaving.enter_context(bed.place(f"chaos_{time.monotonic_ns()}"))
         log = OperationLog(folder / OPERATIONS)
         leaving.callback(log.close)
-        settings = {**place.environment, **SETTINGS, **plan.settings}
+        ways = [leaving.enter_context(links(place)) for _ in range(plan.instances)]
         instances = [
-            Instance(f"instance-{number}", folder=folder, settings=settings, log=log, command=plan.command)
-            for number in range(1, plan.instances + 1)
+            Instance(
+                f"instance-{number}",
+                folder=folder,
+                settings={**way.settings(place), **SETTINGS, **plan.settings},
+                log=log,
+                command=plan.command,
+            )
+            for number, way in enumerate(ways, start=1)
         ]
         for instance in instances:
             leaving.callback(instance.discard)
@@ -83,13 +92,12 @@ def run_trial(bed: Bed, plan: Plan, folder: Path) -> History:
         declare_queues(place.url, *ALL_QUEUES)
         for instance in instances:
             instance.wait_until_ready()
-        _observe(plan, place, instances, log, leaving).save(folder)
+        _observe(plan, Stage(place, instances, ways), log, leaving).save(folder)
     return read_history(folder)
 
 
-def _observe(
-    plan: Plan, place: Place, instances: Sequence[Instance], log: OperationLog, leaving: ExitStack
-) -> Ending:
+def _observe(plan: Plan, stage: Stage, log: OperationLog, leaving: ExitStack) -> Ending:
+    place, instances = stage.place, stage.instances
     consumers = [
         *(Worker(place.url, log, queue=queue, seed=str(plan.seed)) for queue in QUEUES),
         ReviewSink(place.url, log),
@@ -115,7 +123,7 @@ def _observe(
     time.sleep(plan.warm_up_s)
     monitor.look("warm")
     log.write("phase", "ok", name="faults")
-    Nemesis(Stage(place, instances), log).run(plan.strikes)
+    Nemesis(stage, log).run(plan.strikes)
     healed_at = log.write("phase", "ok", name="healed")
     time.sleep(plan.after_s)
     if not all([each.is_alive for each in consumers] + [each.is_alive for each in generators]):
@@ -127,6 +135,7 @@ def _observe(
         thread.join()
     left = _left_after(place, plan.quiet_within_s)
     quiet_at = None if left else log.write("phase", "ok", name="quiet")
+    not_ready = _not_ready_after(instances, min(READY_WITHIN_S, plan.quiet_within_s))
     time.sleep(LOGS_FOLLOW_WITHIN_S)
     monitor.stop()
     monitor.look("end")
@@ -139,6 +148,7 @@ def _observe(
         healed_at=healed_at,
         quiet_at=quiet_at,
         left=left,
+        not_ready=not_ready,
         backoff_ms=(BASE_DELAY_MS, MAX_DELAY_MS),
         connections=monitor.connections(),
         connections_most=POOL_MAX * len(instances),
@@ -155,6 +165,16 @@ def _left_after(place: Place, within_s: float) -> str:
         time.sleep(LOOK_EVERY_S)
         looks.append(_left(place))
     return looks[-1] or looks[-2]
+
+
+def _not_ready_after(instances: Sequence[Instance], within_s: float) -> list[str]:
+    """Wait until every instance says that it works, and return the names of those that do not."""
+    deadline = time.monotonic() + within_s
+    while True:
+        waiting = [each.name for each in instances if not each.is_ready()]
+        if not waiting or time.monotonic() > deadline:
+            return waiting
+        time.sleep(LOOK_EVERY_S)
 
 
 def _left(place: Place) -> str:

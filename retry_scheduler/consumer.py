@@ -10,6 +10,8 @@ What a repeated attempt means (contract, section 2):
 
     redelivered by the broker                          nothing changes
     a new message, and the attempt is still pending    nothing changes
+    stored while we had the message in hand            nothing changes: our connection had broken, and the
+                                                       broker had delivered it to another instance, too
     a new message, and the attempt has been executed   the upstream does not count: it becomes the
                                                        next attempt, highest retry_count + 1
 """
@@ -231,6 +233,7 @@ class Consumer:
         """Return what must be stored as the next attempt, and what has no next; the rest is only counted."""
         if not repeated:
             return [], []
+        asked_s = time.monotonic()
         states = await self._repository.attempt_states([candidate.told for candidate in repeated])
         onward: list[_Candidate] = []
         at_the_end: list[Malformed] = []
@@ -238,7 +241,11 @@ class Consumer:
             state = states.get(candidate.told)
             if state is None:  # archived or deleted a moment ago: then it is new after all
                 onward.append(candidate)
-            elif candidate.delivery.redelivered or state.status == "pending":
+            elif (
+                candidate.delivery.redelivered
+                or state.status == "pending"
+                or state.age_s < asked_s - candidate.delivery.received_s
+            ):
                 candidate.delivery.done = True
                 self._metrics.duplicate("ignored")
                 log.info(

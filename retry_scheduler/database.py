@@ -40,6 +40,9 @@ SESSION = {
     "statement_timeout": f"{STATEMENT_TIMEOUT_S:.0f}s",
     "lock_timeout": "2s",
     "idle_in_transaction_session_timeout": "10s",
+    # While the server sends, no other time limit ends a statement: a claim of some megabytes on a link
+    # that takes nothing would keep its rows locked, away from the other instances.
+    "tcp_user_timeout": "3s",
     # An acknowledged message must survive a crash, whatever the server's default is.
     "synchronous_commit": "on",
     "timezone": "UTC",

@@ -12,10 +12,10 @@ from time import monotonic, time
 
 import pytest
 
+from chaos.proxy import proxies
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.contract import HEALED_WITHIN_S
 from tests.factories import make_request, new_id
-from tests.proxy import proxies
 from tests.service_process import MakeService, StartService
 from tests.table import Table
 from tests.under_load import (

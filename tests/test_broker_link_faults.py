@@ -11,9 +11,9 @@ from time import time
 
 import pytest
 
+from chaos.proxy import Way, proxies
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S, MOST_DUPLICATES
-from tests.proxy import Way, proxies
 from tests.service_process import StartService
 from tests.table import Table
 from tests.under_load import (

@@ -10,12 +10,13 @@ from chaos.history import Event, History, InstanceEvent, Row
 from chaos.safety import MOST_OUTSTANDING
 from retry_scheduler.observability import logs
 from retry_scheduler.scheduler import MAX_OUTSTANDING
+from tests.chaos_flaws import FLAWS
 from tests.chaos_histories import (
     AGAIN,
     BROKER_FAULT,
     DELIVERY,
+    EXCUSED,
     EXPLAINED,
-    FLAWS,
     GOOD,
     ID,
     PID,
@@ -56,6 +57,13 @@ def test_each_flaw_is_found_and_only_the_invariants_it_violates_say_so(flaw: str
 @pytest.mark.parametrize("reason", EXPLAINED)
 def test_a_duplicate_with_a_reason_is_no_violation(reason: str) -> None:
     assert "I4" not in violated(EXPLAINED[reason])
+
+
+@pytest.mark.parametrize("reason", EXCUSED)
+def test_what_is_late_or_in_manual_review_for_a_reason_is_no_violation(reason: str) -> None:
+    history = EXCUSED[reason]
+
+    assert holds(check(history)), violated(history)
 
 
 def test_more_duplicates_than_the_contract_allows_are_a_violation_whatever_explains_them() -> None:

@@ -2,13 +2,15 @@
 
 import random
 from collections import Counter
+from typing import get_args
 
 import pytest
 
-from chaos.faults import FAULTS
+from chaos.faults import DEADLY_POINTS, FAULTS
 from chaos.requests import MIX, QUEUES, SPOILERS, Request, RequestMix, make_request
-from chaos.schedule import LASTS_S, Strike, random_schedule, target_of
+from chaos.schedule import HORIZON, LASTS_S, PIN_HORIZON, Strike, random_schedule, target_of
 from retry_scheduler.errors import MalformedRequest
+from retry_scheduler.failpoints import Point
 from retry_scheduler.messages import RetryRequest, parse_request
 from tests.factories import PAYLOAD, new_id
 
@@ -25,7 +27,7 @@ def test_one_seed_draws_one_schedule_and_another_seed_another() -> None:
 
 
 def test_a_schedule_has_every_fault_at_most_two_at_a_time_and_never_two_against_one_target() -> None:
-    strikes = random_schedule(1, LONG_S, 3)
+    strikes = [strike for strike in random_schedule(1, LONG_S, 3) if strike.fault != PIN_HORIZON]
 
     def together(one: Strike, other: Strike) -> bool:
         return one.at_s <= other.at_s + other.lasts_s and other.at_s <= one.at_s + one.lasts_s
@@ -36,12 +38,23 @@ def test_a_schedule_has_every_fault_at_most_two_at_a_time_and_never_two_against_
         assert len(beside) <= 1
         assert strike.at_s + strike.lasts_s <= LONG_S
         assert strike.instance in range(3)
-    assert {strike.fault for strike in strikes} == set(FAULTS)
+    assert {strike.fault for strike in strikes} == set(FAULTS) - {PIN_HORIZON}
     assert any(together(one, other) for one in strikes for other in strikes if one is not other)
 
 
+def test_one_old_transaction_is_open_through_the_middle_of_a_schedule() -> None:
+    (pinned,) = [strike for strike in random_schedule(1, LONG_S, 3) if strike.fault == PIN_HORIZON]
+
+    assert target_of(pinned.fault) == HORIZON
+    assert 0 < pinned.at_s < LONG_S / 2 < pinned.at_s + pinned.lasts_s < LONG_S
+
+
 def test_every_fault_of_the_schedule_can_be_inflicted() -> None:
-    assert {fault for faults in LASTS_S.values() for fault in faults} == set(FAULTS)
+    assert {PIN_HORIZON, *(fault for faults in LASTS_S.values() for fault in faults)} == set(FAULTS)
+
+
+def test_an_instance_dies_only_at_points_that_there_are() -> None:
+    assert set(DEADLY_POINTS) <= set(get_args(Point))
 
 
 def test_one_seed_draws_the_same_messages() -> None:

@@ -1,5 +1,6 @@
 """Claims on a real table: who gets which row, and whose settlement counts."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
@@ -7,7 +8,9 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
+from chaos.proxy import Way, proxies
 from retry_scheduler.database import SESSION, Database, DatabaseAddress
+from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry, RetryRequest
 from retry_scheduler.repository import LONG_AGO, Lease, Malformed, Release, Repository, Settlement
 from retry_scheduler.schema import migrate
@@ -15,18 +18,21 @@ from retry_scheduler.sql import query
 from tests import servers
 from tests.factories import new_id
 from tests.table import Table
+from tests.waiting import eventually
 
 NOW = timedelta(0)
 A_MINUTE = timedelta(minutes=1)
 LOOK_AHEAD = timedelta(seconds=3)
+LARGE = 16_000_000
+
+
+def address_of(database: servers.Database, *, port: int) -> DatabaseAddress:
+    return DatabaseAddress(database.host, port, database.name, database.user, database.password, tls=False)
 
 
 @pytest.fixture
 async def repository(database: servers.Database) -> AsyncIterator[Repository]:
-    address = DatabaseAddress(
-        database.host, database.port, database.name, database.user, database.password, tls=False
-    )
-    opened = Database(address, pool_min=1, pool_max=4)
+    opened = Database(address_of(database, port=database.port), pool_min=1, pool_max=4)
     await migrate(opened)
     await opened.open()
     yield Repository(opened)
@@ -374,3 +380,27 @@ async def test_a_look_tells_what_is_coming_soon_and_nothing_later(repository: Re
     assert sighting is not None and not sighting.due_now
     assert len(sighting.coming_s) == 1
     assert 1 < sighting.coming_s[0] <= 2.002
+
+
+async def test_a_claim_that_nobody_reads_is_ended_and_its_rows_can_be_claimed_by_others(
+    repository: Repository, table: Table, database: servers.Database
+) -> None:
+    """Until it has sent all of a claim, PostgreSQL holds its locks; a link that is silent takes nothing."""
+    owner, other = await instance(repository), await instance(repository)
+    stuck = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'ClientWrite' AND datname = $1"
+    with proxies(database.port) as (link,):
+        cut_off = Database(address_of(database, port=link.port), pool_min=1, pool_max=1)
+        await cut_off.open()
+        silent = Repository(cut_off)
+        await silent.claim_due(lease(owner))  # from now on the statement is prepared
+        await store(repository, *[bytes(1_000_000)] * 10)
+        link.hold(Way.TO_CLIENT)
+        claiming = asyncio.create_task(silent.claim_due(lease(owner, size=LARGE)))
+        await eventually(lambda: table.value(stuck, database.name))
+
+        claimed = await eventually(lambda: repository.claim_due(lease(other, size=LARGE)))
+
+        assert len(claimed) == 10
+        with pytest.raises(Unavailable):
+            await claiming
+        await cut_off.close()

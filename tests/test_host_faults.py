@@ -14,11 +14,11 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from chaos.proxy import proxies
 from retry_scheduler.demo.ports import LOOPBACK
 from retry_scheduler.observability.metrics_server import serve_metrics
 from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S
 from tests.factories import make_request
-from tests.proxy import proxies
 from tests.service_process import MakeService, ServiceProcess, StartService
 from tests.table import Table
 from tests.under_load import Watch, accounts, first_retry_s, flowing, requests

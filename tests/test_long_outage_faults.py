@@ -10,10 +10,10 @@ from time import time
 
 import pytest
 
+from chaos.proxy import proxies
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.contract import HEALED_WITHIN_S, MOST_DUPLICATES
 from tests.factories import encoded, make_request, new_id
-from tests.proxy import proxies
 from tests.service_process import StartService
 from tests.table import Table
 from tests.test_broker_alarm import disk_alarm

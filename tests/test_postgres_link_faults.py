@@ -12,11 +12,11 @@ from time import time
 
 import pytest
 
+from chaos.proxy import Way, proxies
 from retry_scheduler.database import CALL_TIMEOUT_S
 from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S, MOST_DUPLICATES
 from tests.factories import make_request, new_id
 from tests.malformed import MALFORMED
-from tests.proxy import Way, proxies
 from tests.service_process import StartService
 from tests.table import Table
 from tests.under_load import (

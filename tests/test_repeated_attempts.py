@@ -4,10 +4,12 @@ import asyncio
 from collections import Counter
 from datetime import timedelta
 
+from chaos.proxy import proxies
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.factories import make_request, new_id
 from tests.service_process import StartService
 from tests.table import Table
+from tests.under_load import through
 from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE, Upstream
 from tests.waiting import eventually
 
@@ -177,6 +179,31 @@ async def test_what_the_broker_delivers_again_changes_nothing_pending_or_execute
     assert upstream.depth("orders") == 0
     assert upstream.depth(REVIEW_QUEUE) == 0
     assert review.review["reason"] == "malformed"
+
+
+async def test_what_another_instance_has_executed_while_we_had_it_in_hand_is_not_executed_once_more(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> None:
+    """Cut off from both servers, we cannot store it; the broker gives it to another instance, marked."""
+    upstream.declare("orders", RETRY_QUEUE)
+    with proxies(rabbitmq.port, table.database.port) as (to_rabbitmq, to_postgres):
+        cut_off = await start_service(
+            RABBITMQ_URL=through(to_rabbitmq, vhost), POSTGRES_PORT=str(to_postgres.port)
+        )
+        to_postgres.refuse()
+        upstream.ask(make_request())
+        await eventually(lambda: cut_off.log_events("Failed to save retry task"))
+        to_rabbitmq.refuse()
+        await start_service()
+        await upstream.filled("orders", 1)
+        await eventually(table.settled)
+        to_postgres.heal()
+        to_rabbitmq.heal()
+        await cut_off.wait_until_ready()
+        await eventually(lambda: cut_off.metrics().value("retry_duplicates_total", kind="ignored") == 1)
+
+    assert len(upstream.take("orders")) == 1
+    assert await table.statuses() == {"retried": 1}
 
 
 async def test_two_instances_that_are_told_of_one_executed_attempt_store_each_repetition_once(

@@ -12,9 +12,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic, time
 
+from chaos.proxy import Proxy
+from retry_scheduler.demo.ports import LOOPBACK
 from tests.contract import HEALED_WITHIN_S
 from tests.factories import encoded, make_request, new_id
-from tests.proxy import LOOPBACK, Proxy
 from tests.service_process import ServiceProcess
 from tests.table import Table
 from tests.upstream import Load, Message, Upstream

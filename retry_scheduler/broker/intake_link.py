@@ -13,6 +13,7 @@ nothing: while PostgreSQL is away, each would bring the same messages once more,
 import asyncio
 import itertools
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -37,16 +38,17 @@ class Delivery:
     """One message as it came.
 
     properties: encoded. redelivered: the broker has sent it before. intake_id: a number of ours for
-    this delivery alone; the broker's tags begin anew with each connection. done: for the consumer to
-    set once it is stored, quarantined, or known to change nothing.
+    this delivery alone; the broker's tags begin anew with each connection. received_s: monotonic time.
+    done: for the consumer to set once it is stored, quarantined, or known to change nothing.
     """
 
-    __slots__ = ("body", "connection", "done", "intake_id", "properties", "redelivered", "tag")
+    __slots__ = ("body", "connection", "done", "intake_id", "properties", "received_s", "redelivered", "tag")
 
     def __init__(
         self, connection: Connection, tag: int, *, redelivered: bool, properties: bytes, body: bytes
     ) -> None:
         self.intake_id = next(_intake_ids)
+        self.received_s = time.monotonic()
         self.done = False
         self.connection = connection
         self.tag = tag

@@ -15,11 +15,12 @@ from enum import Enum
 from types import TracebackType
 from typing import Any, Self
 
-LOOPBACK = "127.0.0.1"
+from retry_scheduler.demo.ports import LOOPBACK
 
-# Read at a time. Small enough that a fault comes into force in the middle of a batch.
+# Read at a time; small enough that a fault comes into force in the middle of a batch.
 PIECE_BYTES = 16 * 1024
-
+# What is on its way in one direction of a connection: with a delay of 0.4 s, up to 2.5 MB/s.
+PIECES_UNDER_WAY = 64
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER for 0 s: what closes sends RST
 
 
@@ -73,9 +74,10 @@ class Proxy:
         return len(self._connections)
 
     def heal(self) -> None:
-        """Pass everything on at once, and take new connections."""
+        """Pass everything on at once, and take new connections. What was forgotten is cut."""
 
         async def heal() -> None:
+            await _cancelled(self._forgotten)
             self._latency_s = self._bytes_per_s = 0.0
             self._slice_bytes = PIECE_BYTES
             self._left_bytes.clear()
@@ -116,16 +118,16 @@ class Proxy:
     def forget(self) -> None:
         """Never again move anything on the connections that there are, as a firewall that has lost its state.
 
-        New ones are passed on. Healing does not bring the forgotten ones back.
+        New ones are passed on. Healing does not bring the forgotten ones back: it cuts them.
         """
 
         async def forget() -> None:
-            self._forgotten |= self._connections
+            self._forgotten = set(self._connections)
 
         self._run(forget())
 
     def slow_down(self, *, latency_s: float = 0, bytes_per_s: float = 0, slice_bytes: int = 0) -> None:
-        """Delay every piece, limit the speed of each direction, or pass so many bytes at a time."""
+        """Delay everything, limit the speed of each direction, or pass so many bytes at a time."""
 
         async def slow_down() -> None:
             self._latency_s = latency_s
@@ -160,13 +162,13 @@ class Proxy:
             connection = self._loop.create_task(self._serve(client))
             self._connections.add(connection)
             connection.add_done_callback(self._connections.discard)
+            # One that is cut before it has begun closes nothing by itself.
+            connection.add_done_callback(lambda _, client=client: client.close())  # type: ignore[misc]
 
     async def _serve(self, client: socket.socket) -> None:
-        server = socket.socket()
-        with ExitStack() as sockets:
-            for end in (client, server):
-                end.setblocking(False)
-                sockets.callback(end.close)
+        with client, socket.socket() as server:
+            client.setblocking(False)
+            server.setblocking(False)
             try:
                 await self._flowing[Way.TO_SERVER].wait()
                 await self._loop.sock_connect(server, (LOOPBACK, self._server_port))
@@ -183,23 +185,40 @@ class Proxy:
     async def _pump(
         self, connection: asyncio.Task[None] | None, source: socket.socket, target: socket.socket, way: Way
     ) -> None:
-        while data := await self._loop.sock_recv(source, PIECE_BYTES):
-            for start in range(0, len(data), self._slice_bytes):
-                piece = data[start : start + self._slice_bytes]
-                if self._latency_s:
-                    await asyncio.sleep(self._latency_s)
-                await self._way_is_free(connection, way)
-                left = self._left_bytes.get(way, len(piece))
-                await self._loop.sock_sendall(target, piece[:left])
-                if len(piece) > left:
-                    self._left_bytes.pop(way, None)
-                    raise ConnectionAbortedError("cut here")
-                if way in self._left_bytes:
-                    self._left_bytes[way] -= len(piece)
-                if self._bytes_per_s:
-                    await asyncio.sleep(len(piece) / self._bytes_per_s)
-        await self._way_is_free(connection, way)
-        target.shutdown(socket.SHUT_WR)
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(PIECES_UNDER_WAY)
+
+        async def take() -> None:
+            data = b"something"
+            while data:
+                await self._way_is_free(connection, way)  # until then it stays with the sender
+                data = await self._loop.sock_recv(source, PIECE_BYTES)
+                await under_way.put((self._loop.time() + self._latency_s, data))
+
+        async def pass_on() -> None:
+            data = b"something"
+            while data:
+                arrives_s, data = await under_way.get()
+                await asyncio.sleep(max(arrives_s - self._loop.time(), 0))
+                for start in range(0, len(data), self._slice_bytes):
+                    await self._way_is_free(connection, way)
+                    await self._send(target, data[start : start + self._slice_bytes], way)
+            await self._way_is_free(connection, way)
+            target.shutdown(socket.SHUT_WR)
+
+        async with asyncio.TaskGroup() as both:
+            both.create_task(take())
+            both.create_task(pass_on())
+
+    async def _send(self, target: socket.socket, piece: bytes, way: Way) -> None:
+        left = self._left_bytes.get(way, len(piece))
+        await self._loop.sock_sendall(target, piece[:left])
+        if len(piece) > left:
+            self._left_bytes.pop(way, None)
+            raise ConnectionAbortedError("cut here")
+        if way in self._left_bytes:
+            self._left_bytes[way] -= len(piece)
+        if self._bytes_per_s:
+            await asyncio.sleep(len(piece) / self._bytes_per_s)
 
     async def _way_is_free(self, connection: asyncio.Task[None] | None, way: Way) -> None:
         await self._flowing[way].wait()
