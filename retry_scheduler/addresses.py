@@ -6,6 +6,9 @@ Pure: nothing is looked up. What is said never holds a piece of a URL, where a p
 from ipaddress import IPv6Address
 from urllib.parse import SplitResult, unquote, urlsplit
 
+# AMQP carries the name of a virtual host as a short string.
+_VHOST_MAX_BYTES = 255
+
 _NO_PORT = "is not a URL: its port is not a number from 1 to 65535"
 
 
@@ -26,7 +29,7 @@ def problem_with_host(host: str) -> str | None:
 
 
 def problem_with_amqp_url(url: str) -> str | None:
-    """Return why `url` names no broker, or None."""
+    """Return why `url` names no broker and no way to log in, or None."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -38,7 +41,9 @@ def problem_with_amqp_url(url: str) -> str | None:
         return "must be percent-encoded where it is not plain letters and digits: @ is %40, / is %2F"
     if parts.scheme not in ("amqp", "amqps"):
         return "must begin with amqp:// or amqps://"
-    return _problem_with_server(parts) or _problem_with_vhost(parts.path[1:])
+    if "?" in url or "#" in url:
+        return "has options behind a ? or #, and there are none; in a password, ? is %3F and # is %23"
+    return _problem_with_server(parts) or _problem_with_login(parts) or _problem_with_vhost(parts.path[1:])
 
 
 def problem_with_http_url(url: str) -> str | None:
@@ -65,7 +70,28 @@ def _problem_with_server(parts: SplitResult) -> str | None:
     return f"names a host that {problem}" if problem else None
 
 
+def _problem_with_login(parts: SplitResult) -> str | None:
+    if "@" in parts.netloc and not (parts.username and parts.password is not None):
+        return "names a user without a password, or the reverse; an empty password is user:@"
+    for text in (parts.username, parts.password):
+        if text and (problem := _problem_with_encoding(text)):
+            return problem
+    return None
+
+
 def _problem_with_vhost(encoded: str) -> str | None:
+    if problem := _problem_with_encoding(encoded):
+        return problem
     if "/" in encoded and "/" in unquote(encoded):
         return "has a / inside its virtual host; write it as %2F"
+    if len(unquote(encoded).encode()) > _VHOST_MAX_BYTES:
+        return f"names a virtual host of over {_VHOST_MAX_BYTES} bytes"
     return None
+
+
+def _problem_with_encoding(text: str) -> str | None:
+    try:
+        decoded = unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        return "is percent-encoded, but not from UTF-8"
+    return "holds %00, which no name or password may" if "\0" in decoded else None

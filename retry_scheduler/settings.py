@@ -41,7 +41,7 @@ class Settings(BaseSettings):
 
     rabbitmq_url: SecretStr = Field(
         SecretStr("amqp://guest:guest@localhost:5672/"),
-        description="Broker; amqps:// for TLS",
+        description="Broker; amqps:// for TLS; guest:guest if it names no user; options (?...) are refused",
     )
     rabbitmq_prefetch: Annotated[int, Field(ge=1, le=65535)] = Field(
         10, description="Most requests in hand and not yet stored; all of them must fit the memory"

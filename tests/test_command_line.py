@@ -12,6 +12,7 @@ from retry_scheduler.database import DatabaseAddress
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from tests.broker_users import broker_user
 from tests.command import BUG, CONFIG, OK, UNAVAILABLE, USAGE, Environment, call, settings_for
 from tests.servers import Database
 from tests.service_process import PROJECT
@@ -191,6 +192,21 @@ def test_check_tells_a_wrong_login_and_a_wrong_virtual_host_with_69(
         assert "secret1" not in done.stdout + done.stderr
     done = call("check", **(environment | {"POSTGRES_DB": "no_such_database"}))
     assert (done.returncode, "WRONG PostgreSQL" in done.stdout) == (UNAVAILABLE, True)
+
+
+def test_the_broker_is_told_the_password_of_the_url_also_an_empty_one_and_guest_only_without_a_user(
+    environment: Environment, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> None:
+    def answer(login: str) -> str:
+        url = f"amqp://{login}{LOOPBACK}:{rabbitmq.port}/{vhost}"
+        return call("check", **(environment | {"RABBITMQ_URL": url})).stdout.splitlines()[-1]
+
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    with broker_user(rabbitmq, vhost, "svc", "guest", **everything):
+        answers = [answer(login) for login in ("svc:guest@", "", "svc:@")]
+
+    assert [line.split(":")[0] for line in answers] == ["ok    RabbitMQ", "ok    RabbitMQ", "WRONG RabbitMQ"]
+    assert "ACCESS_REFUSED" in answers[2]
 
 
 async def test_migrate_creates_the_tables_once_and_may_be_repeated(

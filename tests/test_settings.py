@@ -115,6 +115,15 @@ def test_hosts_of_every_form_are_taken(host: str) -> None:
         "amqp://user:hidden@a..b/",
         f"amqp://user:hidden@{'a' * 64}/",
         "amqp://user:hidden@[::1/",
+        "amqp://user:hidden@host/?heartbeat=5",
+        "amqp://user:hidden@host/?",
+        "amqp://user:hidden@host/#part",
+        "amqp://hidden@host/",  # whose password would it be?
+        "amqp://:hidden@host/",
+        "amqp://@host/",
+        "amqp://user:hidden%E9@host/",
+        "amqp://user:hidden%00@host/",
+        f"amqp://user:hidden@host/{'v' * 256}",
     ],
 )
 def test_a_wrong_broker_address_is_refused_without_being_shown(url: str) -> None:
@@ -126,7 +135,7 @@ def test_a_wrong_broker_address_is_refused_without_being_shown(url: str) -> None
 
 @pytest.mark.parametrize(
     "url",
-    ["amqp://host", "amqps://u:p%40ss@host:5671/", "amqp://[::1]:5672/%2F", "amqp://h/a%2Fb"],
+    ["amqp://host", "amqps://u:p%40ss@host:5671/", "amqp://u:@h/", "amqp://[::1]:5672/%2F", "amqp://h/a%2Fb"],
 )
 def test_broker_addresses_of_every_form_are_taken(url: str) -> None:
     assert load_settings({"RABBITMQ_URL": url}).rabbitmq_url.get_secret_value() == url
@@ -235,9 +244,9 @@ def test_secrets_come_from_files_without_the_newline_of_the_editor(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["POSTGRES_PASSWORD", "RABBITMQ_URL"])
 def test_a_secret_and_its_file_exclude_each_other(name: str, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("amqp://hidden@host/")
+    (tmp_path / "secret").write_text("amqp://u:hidden@host/")
 
-    (problem,) = problems_of(**{name: "amqp://hidden@host/", f"{name}_FILE": str(tmp_path / "secret")})
+    (problem,) = problems_of(**{name: "amqp://u:hidden@host/", f"{name}_FILE": str(tmp_path / "secret")})
 
     assert problem.startswith(f"{name}_FILE: ")
     assert "hidden" not in problem
