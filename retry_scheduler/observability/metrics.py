@@ -13,9 +13,11 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+
+from retry_scheduler.observability.logs import lines_dropped
 
 # Anyone who may send a request may invent queue names; Prometheus pays for each series for ever.
 MAX_QUEUE_LABELS = 200
@@ -100,6 +102,7 @@ class Metrics:
             buckets=LATENESS_BUCKETS_S,
             registry=self.registry,
         )
+        self.registry.register(_LogCollector())
         ProcessCollector(registry=self.registry)
 
     def scheduled(self, queue: str, count: int = 1) -> None:
@@ -148,6 +151,17 @@ class Metrics:
             return OTHER
         self._queues.add(queue)
         return queue
+
+
+class _LogCollector(Collector):
+    """What the log has lost. It counts itself: it is there before the metrics are."""
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        yield CounterMetricFamily(
+            "retry_log_lines_dropped",
+            "Lines of the log that were lost: not read in time, or impossible to write",
+            value=lines_dropped(),
+        )
 
 
 class _QueueCollector(Collector):
