@@ -75,11 +75,11 @@ class Metrics:
         self._quarantined = counter(
             "retry_quarantined_total", "Malformed requests quarantined, by the field that is wrong", "reason"
         )
-        self.unknown = counter(
+        self._unknown = counter(
             "retry_publications_unknown_total",
             "Publications whose confirm never came: each may become a duplicate",
         )
-        self.overtaken = counter(
+        self._overtaken = counter(
             "retry_stale_completions_total",
             "Settlements that came too late: another instance had taken the attempt",
         )
@@ -96,7 +96,7 @@ class Metrics:
         ):
             for value in values:
                 known.labels(value)
-        self.lateness = Histogram(
+        self._lateness = Histogram(
             "retry_lateness_seconds",
             "From the due time to the broker's confirm",
             buckets=LATENESS_BUCKETS_S,
@@ -126,6 +126,18 @@ class Metrics:
     def quarantined(self, field: str) -> None:
         """Count a malformed request by the field that is wrong."""
         self._quarantined.labels(field).inc()
+
+    def unknown(self) -> None:
+        """Count a publication whose confirm never came."""
+        self._unknown.inc()
+
+    def overtaken(self) -> None:
+        """Count a settlement that came after another instance had taken the attempt."""
+        self._overtaken.inc()
+
+    def late(self, seconds: float) -> None:
+        """Note by how much a delivered retry was late."""
+        self._lateness.observe(seconds)
 
     def reconnecting(self, server: str) -> None:
         """Count a lost connection or a failed try."""
