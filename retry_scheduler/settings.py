@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     postgres_host: str = Field(
         "localhost",
         min_length=1,
-        description="Database server, or the folder of its Unix socket",
+        description="Database server itself, no PgBouncer; or the folder of its Unix socket",
     )
     postgres_port: Port = Field(5432, description="Its port")
     postgres_db: str = Field("eracun", min_length=1, description="Database")
