@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine
+from io import FileIO
 from typing import TYPE_CHECKING, Annotated, Any
 
 import cyclopts
@@ -222,14 +223,25 @@ def main(arguments: list[str] | None = None) -> int:
         return EX_UNAVAILABLE
     except KeyboardInterrupt:
         return EX_INTERRUPTED
-    except BaseExceptionGroup as group:
-        import structlog
-
-        from retry_scheduler.observability.logs import flush_logs
-
-        structlog.get_logger().critical("Service failed", exc_info=group)
-        flush_logs()
+    except (Exception, BaseExceptionGroup) as error:
+        _report_bug(error)
         return EX_SOFTWARE
+
+
+def _report_bug(error: BaseException) -> None:
+    """Tell in one line of what nobody has foreseen: in the log of `run`, on standard error otherwise.
+
+    There, standard output has the command's answer, which a script may be reading.
+    """
+    import structlog
+
+    from retry_scheduler.observability.logs import flush_logs, set_up_logs
+
+    if not structlog.is_configured():
+        errors = FileIO(sys.stderr.fileno(), "w", closefd=False)
+        set_up_logs("CRITICAL", service="retry-scheduler", stream=errors)
+    structlog.get_logger().critical("Service failed", exc_info=error)
+    flush_logs()
 
 
 def _require_tracing(settings: "Settings") -> bool:

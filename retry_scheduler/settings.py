@@ -3,15 +3,15 @@
 Read by `cli` alone and handed down; no other module looks at the environment.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote, urlsplit
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from retry_scheduler.addresses import problem_with_amqp_url, problem_with_host, problem_with_http_url
 from retry_scheduler.errors import BadSettings
 from retry_scheduler.tls import problem_with_authorities
 
@@ -40,7 +40,8 @@ class Settings(BaseSettings):
     metrics_port: Port = Field(9094, description="Port of /metrics")
 
     rabbitmq_url: SecretStr = Field(
-        SecretStr("amqp://guest:guest@localhost:5672/"), description="Broker; amqps:// for TLS"
+        SecretStr("amqp://guest:guest@localhost:5672/"),
+        description="Broker; amqps:// for TLS; guest:guest if it names no user; options (?...) are refused",
     )
     rabbitmq_prefetch: Annotated[int, Field(ge=1, le=65535)] = Field(
         10, description="Most requests in hand and not yet stored; all of them must fit the memory"
@@ -50,7 +51,11 @@ class Settings(BaseSettings):
         "manual-review.pending", description="Queue of messages for people"
     )
 
-    postgres_host: str = Field("localhost", min_length=1, description="Database server")
+    postgres_host: str = Field(
+        "localhost",
+        min_length=1,
+        description="Database server itself, no PgBouncer; or the folder of its Unix socket",
+    )
     postgres_port: Port = Field(5432, description="Its port")
     postgres_db: str = Field("eracun", min_length=1, description="Database")
     postgres_user: str = Field("eracun", min_length=1, description="Role")
@@ -111,10 +116,19 @@ class Settings(BaseSettings):
     def _accept_capitals(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
+    @field_validator("http_host", "postgres_host")
+    @classmethod
+    def _be_a_host(cls, value: str, info: ValidationInfo) -> str:
+        if info.field_name == "postgres_host" and value.startswith("/"):
+            return value  # the folder of a Unix socket
+        if problem := problem_with_host(value):
+            raise ValueError(problem)
+        return value
+
     @field_validator("otel_exporter_otlp_endpoint")
     @classmethod
     def _be_an_http_url(cls, value: str | None) -> str | None:
-        problem = _problem_of_http_url(value) if value is not None else None
+        problem = problem_with_http_url(value) if value is not None else None
         if problem:
             raise ValueError(problem)
         return value
@@ -133,28 +147,9 @@ class Settings(BaseSettings):
     @field_validator("rabbitmq_url")
     @classmethod
     def _be_an_amqp_url(cls, value: SecretStr) -> SecretStr:
-        problem = _problem_of_amqp_url(value.get_secret_value())
-        if problem:
+        if problem := problem_with_amqp_url(value.get_secret_value()):
             raise ValueError(problem)
         return value
-
-    @model_validator(mode="after")
-    def _agree_with_each_other(self) -> Self:
-        problems = []
-        # A maximum below the default minimum takes the minimum with it; only a chosen minimum can be wrong.
-        chosen = "postgres_pool_min" in self.model_fields_set
-        if chosen and self.postgres_pool_min > self.postgres_pool_max:
-            problems.append(
-                f"POSTGRES_POOL_MIN: {self.postgres_pool_min} is above POSTGRES_POOL_MAX, "
-                f"{self.postgres_pool_max}"
-            )
-        if self.retry_queue == self.manual_review_queue:
-            problems.append("RETRY_QUEUE: is the same queue as MANUAL_REVIEW_QUEUE")
-        if self.http_port == self.metrics_port:
-            problems.append("HTTP_PORT: is the same port as METRICS_PORT")
-        if problems:
-            raise _Disagreement(problems)
-        return self
 
     @property
     def poll_interval(self) -> timedelta:
@@ -165,11 +160,6 @@ class Settings(BaseSettings):
     def retention(self) -> timedelta:
         """RETENTION_DAYS as a duration."""
         return timedelta(days=self.retention_days)
-
-    @property
-    def uses_tls(self) -> bool:
-        """Whether one of the servers has to show a certificate."""
-        return self.postgres_ssl or self.rabbitmq_url.get_secret_value().startswith("amqps:")
 
     @classmethod
     def settings_customise_sources(
@@ -184,14 +174,6 @@ class Settings(BaseSettings):
         return (init_settings,)
 
 
-class _Disagreement(ValueError):
-    """Settings that are right one by one and wrong together."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = problems
-
-
 def load_settings(environment: Mapping[str, str]) -> Settings:
     """Return the checked settings.
 
@@ -202,10 +184,12 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
     """
     problems: list[str] = []
     values: dict[str, Any] = {}
+    wrong: set[str] = set()
     for name in Settings.model_fields:
         given = environment.get(name.upper())
         if given and _holds_surrogates(given):
             problems.append(f"{name.upper()}: is not UTF-8")
+            wrong.add(name)
         elif given:
             values[name] = given
     for name in SECRETS:
@@ -221,17 +205,42 @@ def load_settings(environment: Mapping[str, str]) -> Settings:
             problems.append(f"{name}_FILE: {name} is set as well; set one of the two")
         elif not environment.get(name):
             values[name.lower()] = secret
-    try:
-        settings = Settings(**values)
-    except ValidationError as error:
-        problems += [line for mistake in error.errors() for line in _lines(mistake)]
-        raise BadSettings(problems) from None  # the cause would show values, secrets among them
+    settings, mistakes = _settings_of(values)
+    problems += mistakes.values()
+    wrong |= mistakes.keys()
+    problems += [problem for names, problem in _disagreements(settings) if not wrong & names]
     authorities = environment.get("SSL_CERT_FILE")
-    if authorities and settings.uses_tls and (problem := problem_with_authorities(authorities)):
+    # A broker's address that is wrong elsewhere asks for TLS as well.
+    tls = settings.postgres_ssl or str(values.get("rabbitmq_url", "")).lower().startswith("amqps:")
+    if authorities and tls and (problem := problem_with_authorities(authorities)):
         problems.append(f"SSL_CERT_FILE: {problem}")
     if problems:
         raise BadSettings(problems)
     return settings
+
+
+def _settings_of(values: Mapping[str, Any]) -> tuple[Settings, dict[str, str]]:
+    """Return settings made of the values that are right, and by name what is wrong with the others."""
+    try:
+        return Settings(**values), {}
+    except ValidationError as error:
+        mistakes = {str(mistake["loc"][0]): _line(mistake) for mistake in error.errors()}
+    return Settings(**{name: value for name, value in values.items() if name not in mistakes}), mistakes
+
+
+def _disagreements(settings: Settings) -> Iterator[tuple[set[str], str]]:
+    """Yield what is right one by one and wrong together: the names of the settings, and what to say."""
+    least, most = settings.postgres_pool_min, settings.postgres_pool_max
+    # A maximum below the default minimum takes the minimum with it; only a chosen minimum can be wrong.
+    if "postgres_pool_min" in settings.model_fields_set and least > most:
+        yield (
+            {"postgres_pool_min", "postgres_pool_max"},
+            f"POSTGRES_POOL_MIN: {least} is above POSTGRES_POOL_MAX, {most}",
+        )
+    if settings.retry_queue == settings.manual_review_queue:
+        yield {"retry_queue", "manual_review_queue"}, "RETRY_QUEUE: is the same queue as MANUAL_REVIEW_QUEUE"
+    if settings.http_port == settings.metrics_port:
+        yield {"http_port", "metrics_port"}, "HTTP_PORT: is the same port as METRICS_PORT"
 
 
 def _holds_surrogates(text: str) -> bool:
@@ -239,45 +248,7 @@ def _holds_surrogates(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _lines(mistake: Any) -> list[str]:
-    cause = mistake.get("ctx", {}).get("error")
-    if isinstance(cause, _Disagreement):
-        return cause.problems
+def _line(mistake: Any) -> str:
     name = str(mistake["loc"][0]).upper()
     shown = "" if name in _NEVER_SHOWN else f", got {mistake['input']!r}"
-    return [f"{name}: {cause or mistake['msg']}{shown}"]
-
-
-def _problem_of_amqp_url(url: str) -> str | None:
-    try:
-        parts = urlsplit(url)
-        # An @ behind the host: what is taken for the host is a piece of the password, and would be looked
-        # up in the DNS.
-        at_most_one = "@" in parts.netloc
-        if url.count("@") > at_most_one or not url.isascii() or not url.isprintable() or " " in url:
-            return "must be percent-encoded where it is not plain letters and digits: @ is %40, / is %2F"
-        port = parts.port
-    except ValueError:
-        return "is not a URL: its port is not a number from 1 to 65535"
-    if parts.scheme not in ("amqp", "amqps"):
-        return "must begin with amqp:// or amqps://"
-    if not parts.hostname:
-        return "names no host"
-    if port == 0:
-        return "is not a URL: its port is not a number from 1 to 65535"
-    if "/" in unquote(parts.path[1:]) and "/" in parts.path[1:]:
-        return "has a / inside its virtual host; write it as %2F"
-    return None
-
-
-def _problem_of_http_url(url: str) -> str | None:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return "is not a URL"
-    if parts.scheme not in ("http", "https"):
-        return "must begin with http:// or https://"
-    if not parts.hostname or port == 0:
-        return "names no host, or no port that exists"
-    return None
+    return f"{name}: {mistake.get('ctx', {}).get('error') or mistake['msg']}{shown}"

@@ -218,7 +218,7 @@ class Settler:
             )
         if outcome in _LOST:
             event, delay, unsettled = self._after_losing(task, reason, outcome)
-            self._metrics.unknown.inc()
+            self._metrics.unknown()
             log.warning(event, **_fields(task), review_reason=reason)
             return Release(
                 task.id, task.claims, error=outcome.value, delay=delay * (1 + roll), unsettled=unsettled
@@ -260,7 +260,7 @@ class Settler:
             elif reason is None:
                 executed[task.original_queue] += 1
                 late_s = task.late_s + since_claim_s
-                self._metrics.lateness.observe(late_s)
+                self._metrics.late(late_s)
                 lines.append(_fields(task) | {"late_ms": round(late_s * 1000, 1)})
             else:
                 self._metrics.reviewed(task.original_queue, reason)
@@ -271,7 +271,7 @@ class Settler:
             self._metrics.executed(queue, success=True, count=count)
 
     def _note_overtaken(self, task: ClaimedRetry | ClaimedQuarantine) -> None:
-        self._metrics.overtaken.inc()
+        self._metrics.overtaken()
         log.warning(logs.RETRY_OVERTAKEN, **_fields(task))
 
     def _trace(

@@ -8,7 +8,7 @@ from retry_scheduler.demo.ports import LOOPBACK
 from tests.servers import Database
 from tests.service_process import PROJECT
 
-OK, USAGE, UNAVAILABLE, CONFIG = 0, 64, 69, 78
+OK, USAGE, UNAVAILABLE, BUG, CONFIG = 0, 64, 69, 70, 78
 
 Environment = dict[str, str]
 

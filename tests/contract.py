@@ -28,6 +28,7 @@ METRICS = {
     "retry_quarantined_total",
     "retry_publications_unknown_total",
     "retry_reconnects_total",
+    "retry_log_lines_dropped_total",
 }
 
 SETTINGS = {

@@ -205,7 +205,13 @@ class ServiceProcess:
 
     def limit_file_size(self) -> None:
         """Let every further write to its log fail, as on a full disk."""
-        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (0, 0))
+        _, most = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (0, most))
+
+    def lift_file_size_limit(self) -> None:
+        """Let its log grow again."""
+        _, most = resource.prlimit(self.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (most, most))
 
     @property
     def rss_bytes(self) -> int:

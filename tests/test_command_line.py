@@ -1,6 +1,9 @@
 """The program's commands as a script sees them: exit codes, and one line for each thing that is wrong."""
 
+import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,26 @@ from retry_scheduler.database import DatabaseAddress
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
-from tests.command import CONFIG, OK, UNAVAILABLE, USAGE, Environment, call, settings_for
+from tests.broker_users import broker_user
+from tests.command import BUG, CONFIG, OK, UNAVAILABLE, USAGE, Environment, call, settings_for
 from tests.servers import Database
+from tests.service_process import PROJECT
 from tests.table import Table
 from tests.upstream import RETRY_QUEUE, Upstream
 
 pytest_plugins = ("tests.fixtures",)
+
+# The program, with a bug where it creates its tables.
+WITH_A_BUG = """
+import sys
+from retry_scheduler import cli, schema, service
+
+async def fail(database):
+    raise ZeroDivisionError("nobody has foreseen this")
+
+schema.migrate = service.migrate = fail
+sys.exit(cli.main())
+"""
 
 
 @pytest.fixture
@@ -87,6 +104,46 @@ def test_every_wrong_setting_is_named_at_once_with_78_and_no_secret_is_shown(
     assert "hidden" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["run", "check", "migrate", "status", "archive"])
+def test_a_host_that_can_have_no_address_is_a_wrong_setting(command: str) -> None:
+    done = call(command, POSTGRES_HOST="a..b", HTTP_HOST="b..c", RABBITMQ_URL=f"amqp://u:p@{'h' * 64}/")
+
+    assert (done.returncode, done.stdout) == (CONFIG, "")
+    named = [line.removeprefix("retry-scheduler: bad setting: ") for line in done.stderr.splitlines()]
+    assert sorted(line.split(":")[0] for line in named) == ["HTTP_HOST", "POSTGRES_HOST", "RABBITMQ_URL"]
+
+
+@pytest.mark.parametrize("command", ["run", "migrate"])
+def test_what_nobody_has_foreseen_is_one_line_with_70_in_the_log_or_beside_a_commands_answer(
+    command: str,
+) -> None:
+    nobody, http_port, metrics_port = (str(port) for port in free_ports(3))
+
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_A_BUG, command],
+        cwd=PROJECT,
+        env={
+            "HTTP_HOST": LOOPBACK,
+            "HTTP_PORT": http_port,
+            "METRICS_PORT": metrics_port,
+            "RABBITMQ_URL": f"amqp://{LOOPBACK}:{nobody}/",
+        },
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+    answer, told = (done.stderr, done.stdout) if command == "run" else (done.stdout, done.stderr)
+    assert (done.returncode, answer) == (BUG, "")
+    *before, event = [json.loads(line) for line in told.splitlines()]
+    assert (event["level"], event["service"]) == ("CRITICAL", "retry-scheduler")
+    assert event["exception"].startswith("Traceback (most recent call last):")
+    assert event["exception"].endswith("ZeroDivisionError: nobody has foreseen this")
+    assert all(earlier["level"] != "CRITICAL" for earlier in before)
+    assert command == "run" or not before
+
+
 def test_check_says_that_all_is_well_and_changes_nothing(
     environment: Environment, table: Table, upstream: Upstream, postgres: PrivatePostgres, database: Database
 ) -> None:
@@ -135,6 +192,21 @@ def test_check_tells_a_wrong_login_and_a_wrong_virtual_host_with_69(
         assert "secret1" not in done.stdout + done.stderr
     done = call("check", **(environment | {"POSTGRES_DB": "no_such_database"}))
     assert (done.returncode, "WRONG PostgreSQL" in done.stdout) == (UNAVAILABLE, True)
+
+
+def test_the_broker_is_told_the_password_of_the_url_also_an_empty_one_and_guest_only_without_a_user(
+    environment: Environment, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> None:
+    def answer(login: str) -> str:
+        url = f"amqp://{login}{LOOPBACK}:{rabbitmq.port}/{vhost}"
+        return call("check", **(environment | {"RABBITMQ_URL": url})).stdout.splitlines()[-1]
+
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    with broker_user(rabbitmq, vhost, "svc", "guest", **everything):
+        answers = [answer(login) for login in ("svc:guest@", "", "svc:@")]
+
+    assert [line.split(":")[0] for line in answers] == ["ok    RabbitMQ", "ok    RabbitMQ", "WRONG RabbitMQ"]
+    assert "ACCESS_REFUSED" in answers[2]
 
 
 async def test_migrate_creates_the_tables_once_and_may_be_repeated(

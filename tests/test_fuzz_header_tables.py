@@ -6,7 +6,8 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retry_scheduler.broker.properties import integer_header, text_headers
+from retry_scheduler.broker.properties import text_headers
+from retry_scheduler.demo.team import retry_count_in
 from tests.factories import make_request, new_id
 from tests.header_tables import Entry, some_properties, some_table
 from tests.raw_amqp import RawPublisher, Refused
@@ -19,6 +20,7 @@ pytest_plugins = ("tests.fixtures",)
 
 NAMES = ("x-retry-id", "traceparent", "tracestate")
 RAW_NAMES = tuple(name.encode() for name in NAMES)
+COUNT = b"x-retry-count"
 
 dice_of_hypothesis = st.randoms(use_true_random=False)
 
@@ -42,19 +44,18 @@ def texts_among(table: list[Entry]) -> dict[str, str]:
 @settings(max_examples=1000, deadline=None)
 @given(dice_of_hypothesis)
 def test_texts_and_integers_are_found_in_any_table_and_behind_any_property(dice: Random) -> None:
-    table = some_table(dice, RAW_NAMES)
+    table = some_table(dice, (*RAW_NAMES, COUNT))
     raw = some_properties(dice, table)
 
     assert text_headers(raw, NAMES) == texts_among(
         [entry for entry in table if entry.tag != "S" or is_text(entry.value)]
     )
-    for name in NAMES:
-        integers = [
-            int.from_bytes(entry.value, "big", signed=True)
-            for entry in table
-            if entry.name == name.encode() and entry.tag == "l"
-        ]
-        assert integer_header(raw, name) == (integers[0] if integers else None)
+    integers = [
+        int.from_bytes(entry.value, "big", signed=True)
+        for entry in table
+        if entry.name == COUNT and entry.tag == "l"
+    ]
+    assert retry_count_in(raw) == (integers[0] if integers else 0)
 
 
 @settings(max_examples=1000, deadline=None)
@@ -63,7 +64,7 @@ def test_without_a_table_nothing_is_found_whatever_else_is_there(dice: Random) -
     raw = some_properties(dice, None)
 
     assert text_headers(raw, NAMES) == {}
-    assert integer_header(raw, "x-retry-id") is None
+    assert retry_count_in(raw) == 0
 
 
 @settings(max_examples=1000, deadline=None)
@@ -71,14 +72,14 @@ def test_without_a_table_nothing_is_found_whatever_else_is_there(dice: Random) -
 def test_what_is_cut_short_or_damaged_is_survived_and_yields_only_what_was_asked_for(
     dice: Random, data: st.DataObject
 ) -> None:
-    raw = bytearray(some_properties(dice, some_table(dice, RAW_NAMES)))
+    raw = bytearray(some_properties(dice, some_table(dice, (*RAW_NAMES, COUNT))))
     del raw[data.draw(st.integers(min_value=0, max_value=len(raw))) :]
     for place in data.draw(st.lists(st.integers(min_value=0, max_value=max(len(raw) - 1, 0)), max_size=4)):
         if raw:
             raw[place] = data.draw(st.integers(min_value=0, max_value=255))
 
     assert text_headers(bytes(raw), NAMES).keys() <= set(NAMES)
-    integer_header(bytes(raw), "x-retry-id")
+    retry_count_in(bytes(raw))
 
 
 async def test_no_header_table_that_the_broker_takes_stops_the_queue(

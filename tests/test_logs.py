@@ -141,18 +141,31 @@ async def test_the_level_and_the_name_of_the_service_follow_the_settings(
     assert {event["service"] for event in service.log_events()} == {"retries-of-team-7"}
 
 
-async def test_a_reader_that_stops_reading_the_log_does_not_stop_retries(
+async def test_a_reader_that_stops_reading_the_log_does_not_stop_retries_and_learns_what_it_has_missed(
     start_service: StartService, upstream: Upstream, table: Table
 ) -> None:
     """Standard output is a file here; the file system says no to every write, as a full disk does."""
     service = await start_service()
     upstream.declare("orders")
+    before = len(service.log_events())
     service.limit_file_size()
 
     upstream.ask_for_many([make_request() for _ in range(300)])
     await upstream.receive("orders", 300)
     await eventually(table.settled)
+    await eventually(lambda: service.metrics().value("retry_log_lines_dropped_total") >= 600)
+    service.lift_file_size_limit()
+    last = new_id()
+    upstream.ask(make_request(message_id=last))
+    await upstream.receive("orders", 1)
+    await eventually(lambda: len(service.log_events()) >= before + 3)
 
-    assert service.is_running
-    assert service.metrics().value("retries_executed_total", status="success") == 300
+    assert service.metrics().value("retries_executed_total", status="success") == 301
+    notice, *rest = service.log_events()[before:]
+    assert (notice["message"], notice["level"]) == ("Log lines dropped", "WARNING")
+    assert notice["lines"] == service.metrics().value("retry_log_lines_dropped_total")
+    assert [event["message"] for event in rest if event.get("message_id") == last] == [
+        "Retry scheduled",
+        "Retry executed successfully",
+    ]
     assert await service.stop() == 0

@@ -76,6 +76,15 @@ def test_values_are_taken_from_the_environment_it_is_given() -> None:
         ("MANUAL_REVIEW_QUEUE", "q" * 256),
         ("MANUAL_REVIEW_QUEUE", "retry.scheduled"),
         ("METRICS_PORT", "8086"),
+        ("HTTP_HOST", "a..b"),
+        ("HTTP_HOST", "/run/socket"),
+        ("POSTGRES_HOST", "a..b"),
+        ("POSTGRES_HOST", "."),
+        ("POSTGRES_HOST", f"{'a' * 64}.example"),
+        ("POSTGRES_HOST", "db:5432"),
+        ("POSTGRES_HOST", "postgresql://db/"),
+        ("POSTGRES_HOST", "first,second"),
+        ("POSTGRES_HOST", "a b"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_name(name: str, value: str) -> None:
@@ -83,6 +92,14 @@ def test_a_wrong_value_is_refused_by_its_name(name: str, value: str) -> None:
 
     assert name in problem
     assert len(problem.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["db", "db.", "my_db.example.org", "bücher.example", "10.0.0.7", "::1", "fe80::1%eth0", "/run/a..b"],
+)
+def test_hosts_of_every_form_are_taken(host: str) -> None:
+    assert load_settings({"POSTGRES_HOST": host}).postgres_host == host
 
 
 @pytest.mark.parametrize(
@@ -95,6 +112,18 @@ def test_a_wrong_value_is_refused_by_its_name(name: str, value: str) -> None:
         "amqp://user:hidden@host:70000/",
         "amqp://user:hidden@host:0/",
         "amqp://user:hidden@host/a/b",
+        "amqp://user:hidden@a..b/",
+        f"amqp://user:hidden@{'a' * 64}/",
+        "amqp://user:hidden@[::1/",
+        "amqp://user:hidden@host/?heartbeat=5",
+        "amqp://user:hidden@host/?",
+        "amqp://user:hidden@host/#part",
+        "amqp://hidden@host/",  # whose password would it be?
+        "amqp://:hidden@host/",
+        "amqp://@host/",
+        "amqp://user:hidden%E9@host/",
+        "amqp://user:hidden%00@host/",
+        f"amqp://user:hidden@host/{'v' * 256}",
     ],
 )
 def test_a_wrong_broker_address_is_refused_without_being_shown(url: str) -> None:
@@ -105,7 +134,8 @@ def test_a_wrong_broker_address_is_refused_without_being_shown(url: str) -> None
 
 
 @pytest.mark.parametrize(
-    "url", ["amqp://host", "amqps://u:p%40ss@host:5671/", "amqp://[::1]:5672/%2F", "amqp://h/a%2Fb"]
+    "url",
+    ["amqp://host", "amqps://u:p%40ss@host:5671/", "amqp://u:@h/", "amqp://[::1]:5672/%2F", "amqp://h/a%2Fb"],
 )
 def test_broker_addresses_of_every_form_are_taken(url: str) -> None:
     assert load_settings({"RABBITMQ_URL": url}).rabbitmq_url.get_secret_value() == url
@@ -155,6 +185,41 @@ def test_settings_that_disagree_are_named_also_when_several_do() -> None:
     ]
 
 
+def test_settings_that_disagree_are_named_together_with_those_that_are_wrong_by_themselves(
+    tmp_path: Path,
+) -> None:
+    problems = problems_of(
+        HTTP_PORT="abc",
+        RETRY_QUEUE="a",
+        MANUAL_REVIEW_QUEUE="a",
+        POSTGRES_POOL_MIN="60",
+        RABBITMQ_URL="amqps://host:x/",
+        SSL_CERT_FILE=str(tmp_path / "none"),
+    )
+
+    assert sorted(problem.split(":")[0] for problem in problems) == [
+        "HTTP_PORT",
+        "POSTGRES_POOL_MIN",
+        "RABBITMQ_URL",
+        "RETRY_QUEUE",
+        "SSL_CERT_FILE",
+    ]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"HTTP_PORT": "abc", "METRICS_PORT": "8086"},
+        {"POSTGRES_POOL_MIN": "60", "POSTGRES_POOL_MAX": "many"},
+        {"POSTGRES_POOL_MIN": "few", "POSTGRES_POOL_MAX": "5"},
+        {"RETRY_QUEUE": "manual-review.pending", "MANUAL_REVIEW_QUEUE": "amq.review"},
+        {"RETRY_QUEUE": "\udcff", "MANUAL_REVIEW_QUEUE": "retry.scheduled"},
+    ],
+)
+def test_a_setting_that_is_wrong_by_itself_is_not_compared_with_others(environment: dict[str, str]) -> None:
+    assert len(problems_of(**environment)) == 1
+
+
 def test_a_pool_whose_chosen_minimum_is_above_the_maximum_is_refused_even_if_that_is_the_default() -> None:
     (problem,) = problems_of(POSTGRES_POOL_MIN="60")
 
@@ -179,9 +244,9 @@ def test_secrets_come_from_files_without_the_newline_of_the_editor(tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["POSTGRES_PASSWORD", "RABBITMQ_URL"])
 def test_a_secret_and_its_file_exclude_each_other(name: str, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("amqp://hidden@host/")
+    (tmp_path / "secret").write_text("amqp://u:hidden@host/")
 
-    (problem,) = problems_of(**{name: "amqp://hidden@host/", f"{name}_FILE": str(tmp_path / "secret")})
+    (problem,) = problems_of(**{name: "amqp://u:hidden@host/", f"{name}_FILE": str(tmp_path / "secret")})
 
     assert problem.startswith(f"{name}_FILE: ")
     assert "hidden" not in problem

@@ -9,7 +9,7 @@ import random
 import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import pika
 import structlog
@@ -244,6 +244,12 @@ def _setter(future: "asyncio.Future[Any]") -> Callable[[Any], None]:
     return finish
 
 
+def _credentials(parts: SplitResult) -> pika.PlainCredentials:
+    if parts.username is None:  # nobody is named: the user that a broker has from the start
+        return pika.PlainCredentials("guest", "guest")
+    return pika.PlainCredentials(unquote(parts.username), unquote(parts.password or ""))
+
+
 def _parameters(url: str, name: str) -> pika.ConnectionParameters:
     parts = urlsplit(url)
     host = parts.hostname or "localhost"
@@ -252,9 +258,7 @@ def _parameters(url: str, name: str) -> pika.ConnectionParameters:
         host=host,
         port=parts.port or (5671 if tls else 5672),
         virtual_host=unquote(parts.path[1:]) or "/",
-        credentials=pika.PlainCredentials(
-            unquote(parts.username or "guest"), unquote(parts.password or "guest")
-        ),
+        credentials=_credentials(parts),
         ssl_options=pika.SSLOptions(client_context(), host) if tls else None,
         heartbeat=HEARTBEAT_S,
         # Being blocked is a state of the broker, not a reason to leave it.

@@ -8,10 +8,9 @@ Field types: https://www.rabbitmq.com/amqp-0-9-1-errata#section_3
 """
 
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any
 
 from pika import spec
 
@@ -92,7 +91,7 @@ def text_headers(raw: bytes, names: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     wanted = {name.encode() for name in names}
     try:
-        for key, tag, value in _entries(raw):
+        for key, tag, value in header_entries(raw):
             if key in wanted and tag == b"S":
                 with suppress(UnicodeDecodeError):  # the next one may be text
                     found[key.decode()] = value.decode()
@@ -101,19 +100,12 @@ def text_headers(raw: bytes, names: Collection[str]) -> dict[str, str]:
     return found
 
 
-def integer_header(raw: bytes, name: str) -> int | None:
-    """Return the header `name` if it is there as a signed 64-bit integer, as we send ours; never raises."""
-    try:
-        for key, tag, value in _entries(raw):
-            if key == name.encode() and tag == b"l":
-                return int.from_bytes(value, "big", signed=True)
-    except (struct.error, IndexError, ValueError):
-        pass
-    return None
+def header_entries(raw: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Yield (name, type tag, value bytes without length) of each top-level header.
 
-
-def _entries(raw: bytes) -> Any:
-    """Yield (name, type tag, value bytes without length) of each top-level header."""
+    raw: encoded properties as they came. Raises struct.error, IndexError or ValueError behind the last one
+    that can be read.
+    """
     (flags,) = struct.unpack_from(">H", raw)
     offset = 2
     while flags & 1:  # further words of flags: none are defined, but the format allows them

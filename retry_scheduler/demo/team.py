@@ -8,6 +8,7 @@ that fails, publish a retry request and wait for the confirm; acknowledge only t
 import asyncio
 import base64
 import json
+import struct
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NoReturn
@@ -15,7 +16,7 @@ from typing import NoReturn
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.intake_link import Delivery as Message
 from retry_scheduler.broker.intake_link import IntakeLink
-from retry_scheduler.broker.properties import encode_properties, integer_header, text_headers
+from retry_scheduler.broker.properties import encode_properties, header_entries, text_headers
 from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
 from retry_scheduler.demo.evidence import Delivery
 from retry_scheduler.demo.invoices import Invoice
@@ -110,7 +111,13 @@ def retry_request(invoice: Invoice, payload: bytes, retry_count: int) -> bytes:
 
 def retry_count_in(properties: bytes) -> int:
     """Return the number in the header x-retry-count, 0 without it. properties: encoded, as they came."""
-    return integer_header(properties, "x-retry-count") or 0
+    try:
+        for name, tag, value in header_entries(properties):
+            if name == b"x-retry-count" and tag == b"l":  # a signed 64-bit integer, as the contract says
+                return int.from_bytes(value, "big", signed=True)
+    except (struct.error, IndexError, ValueError):  # somebody else's message: it has no such header
+        pass
+    return 0
 
 
 def give_up(problem: Unavailable) -> NoReturn:

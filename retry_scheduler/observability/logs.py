@@ -3,18 +3,13 @@
 The sentences below are a contract: operators search for them (runbook, "Log Analysis"). Values go
 into fields, never into the sentence. No payload and no secret is ever handed to a logger.
 
-Lines are written together, once for each turn of the event loop, by a thread of their own: a
-reader that stops reading must not stop retries. If it stays away, the oldest waiting lines are
-dropped.
+How lines reach their reader, and what happens if it stops reading, is in `line_writer`.
 """
 
 import logging
 import os
 import re
 import sys
-import threading
-import time
-from collections import deque
 from collections.abc import Iterable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from io import FileIO, RawIOBase
@@ -22,6 +17,8 @@ from typing import Any
 
 import msgspec
 import structlog
+
+from retry_scheduler.observability.line_writer import LineWriter
 
 RETRY_SCHEDULED = "Retry scheduled"
 RETRY_EXECUTED = "Retry executed successfully"
@@ -44,9 +41,8 @@ QUEUE_HANGS = "Queue does not confirm - its retries are held back"
 QUEUE_CONFIRMS = "Queue confirms again"
 INSTANCE_BURIED = "An instance has stopped beating - its claimed retries are taken over"
 POSTGRES_FAILED = "PostgreSQL health check failed"
+LINES_DROPPED = "Log lines dropped"
 
-# At most this many lines wait for a reader that has stopped reading: about 20 MB.
-_MAX_WAITING = 50_000
 # A stranger's text must not make a line that no collector takes: 16 KiB is a common limit, and
 # escaping may make each character six bytes. What is still too long then is cut further.
 _MAX_TEXT = 1024
@@ -57,53 +53,6 @@ _SHORTER = (512, 64)
 
 # Control characters of the second kind, Unicode's line and paragraph ends, marks of direction.
 _DECEPTIVE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
-
-
-class LineWriter:
-    """Writes lines to an unbuffered stream from a thread of its own; `write` never waits."""
-
-    def __init__(self, stream: RawIOBase) -> None:
-        self._stream = stream
-        self._waiting: deque[bytes] = deque(maxlen=_MAX_WAITING)
-        self._wake = threading.Event()
-        self._idle = threading.Event()
-        self._idle.set()
-        self._thread = threading.Thread(target=self._work, name="log writer", daemon=True)
-        self._thread.start()
-
-    def write(self, *lines: bytes) -> None:
-        """Hand over lines, without their ends."""
-        self._waiting.extend(lines)
-        if lines and not self._wake.is_set():
-            self._idle.clear()
-            self._wake.set()
-
-    def flush(self, timeout_s: float = 1.0) -> None:
-        """Wait until everything is written, at most `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if self._idle.wait(0.01) and not self._waiting:
-                return
-
-    def _work(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            lines = []
-            while self._waiting:
-                lines.append(self._waiting.popleft())
-            if lines:
-                self._write_all(b"\n".join(lines) + b"\n")
-            if not self._waiting and not self._wake.is_set():
-                self._idle.set()
-
-    def _write_all(self, text: bytes) -> None:
-        rest = memoryview(text)
-        try:
-            while rest:
-                rest = rest[self._stream.write(rest) or 0 :]
-        except (OSError, ValueError):  # the reader has gone; retries go on without a log
-            pass
 
 
 _writer: LineWriter | None = None
@@ -117,8 +66,13 @@ def set_up_logs(level: str, *, service: str, stream: RawIOBase | None = None) ->
     heard from WARNING on, unless level is DEBUG.
     """
     global _writer, _info_renderer  # noqa: PLW0603  one process has one standard output
+    render_notice = _Renderer(service)
+
+    def notice(lines: int) -> bytes:
+        return render_notice.lines(LINES_DROPPED, "WARNING", _now(), ({"lines": lines},))[0]
+
     # Python's own buffer would be flushed at exit, and turn a full disk into an exit code.
-    _writer = writer = LineWriter(stream or FileIO(sys.stdout.fileno(), "w", closefd=False))
+    _writer = writer = LineWriter(stream or FileIO(sys.stdout.fileno(), "w", closefd=False), notice)
     _info_renderer = _Renderer(service) if getattr(logging, level) <= logging.INFO else None
     shared = [
         structlog.stdlib.add_log_level,
@@ -147,6 +101,11 @@ def flush_logs() -> None:
         _writer.flush()
 
 
+def lines_dropped() -> int:
+    """Return how many lines of the log have been lost since the start."""
+    return _writer.dropped if _writer is not None else 0
+
+
 def info_lines(event: str, entries: Iterable[dict[str, Any]]) -> None:
     """Log `event` at INFO once for each of `entries`, its fields; the lines of a batch share their time.
 
@@ -154,8 +113,11 @@ def info_lines(event: str, entries: Iterable[dict[str, Any]]) -> None:
     """
     if _writer is None or _info_renderer is None:
         return
-    timestamp = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    _writer.write(*_info_renderer.lines(event, "INFO", timestamp, entries))
+    _writer.write(*_info_renderer.lines(event, "INFO", _now(), entries))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 class _LineLogger:

@@ -13,9 +13,11 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+
+from retry_scheduler.observability.logs import lines_dropped
 
 # Anyone who may send a request may invent queue names; Prometheus pays for each series for ever.
 MAX_QUEUE_LABELS = 200
@@ -73,11 +75,11 @@ class Metrics:
         self._quarantined = counter(
             "retry_quarantined_total", "Malformed requests quarantined, by the field that is wrong", "reason"
         )
-        self.unknown = counter(
+        self._unknown = counter(
             "retry_publications_unknown_total",
             "Publications whose confirm never came: each may become a duplicate",
         )
-        self.overtaken = counter(
+        self._overtaken = counter(
             "retry_stale_completions_total",
             "Settlements that came too late: another instance had taken the attempt",
         )
@@ -94,12 +96,13 @@ class Metrics:
         ):
             for value in values:
                 known.labels(value)
-        self.lateness = Histogram(
+        self._lateness = Histogram(
             "retry_lateness_seconds",
             "From the due time to the broker's confirm",
             buckets=LATENESS_BUCKETS_S,
             registry=self.registry,
         )
+        self.registry.register(_LogCollector())
         ProcessCollector(registry=self.registry)
 
     def scheduled(self, queue: str, count: int = 1) -> None:
@@ -123,6 +126,18 @@ class Metrics:
     def quarantined(self, field: str) -> None:
         """Count a malformed request by the field that is wrong."""
         self._quarantined.labels(field).inc()
+
+    def unknown(self) -> None:
+        """Count a publication whose confirm never came."""
+        self._unknown.inc()
+
+    def overtaken(self) -> None:
+        """Count a settlement that came after another instance had taken the attempt."""
+        self._overtaken.inc()
+
+    def late(self, seconds: float) -> None:
+        """Note by how much a delivered retry was late."""
+        self._lateness.observe(seconds)
 
     def reconnecting(self, server: str) -> None:
         """Count a lost connection or a failed try."""
@@ -159,6 +174,17 @@ class Metrics:
             return OTHER
         self._queues.add(queue)
         return queue
+
+
+class _LogCollector(Collector):
+    """What the log has lost. It counts itself: it is there before the metrics are."""
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        yield CounterMetricFamily(
+            "retry_log_lines_dropped",
+            "Lines of the log that were lost: not read in time, or impossible to write",
+            value=lines_dropped(),
+        )
 
 
 class _QueueCollector(Collector):
