@@ -126,6 +126,37 @@ async def test_repetitions_in_one_batch_are_each_given_a_number_of_their_own(
     assert service.metrics().value("retries_scheduled_total") == 5
 
 
+async def test_hundreds_of_repetitions_at_once_are_stored_together_in_their_order(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    service = await start_service(RABBITMQ_PREFETCH="500")
+    upstream.declare("orders")
+    message_id = new_id()
+    upstream.ask(make_request(message_id=message_id, max_retries=1000))
+    await upstream.receive("orders", 1)
+    await eventually(table.settled)
+
+    upstream.ask_for_many(
+        [
+            make_request(
+                message_id=message_id, max_retries=1000, retry_after_ms=AN_HOUR_MS, error_reason=f"copy {n}"
+            )
+            for n in range(400)
+        ]
+    )
+    await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="stored_as_next") == 400)
+
+    rows = await table.fetch(
+        "SELECT retry_count, error_reason, xmin::text AS stored_by FROM retry_queue"
+        " WHERE status = 'pending' ORDER BY retry_count"
+    )
+    assert [(row["retry_count"], row["error_reason"]) for row in rows] == [
+        (n + 1, f"copy {n}") for n in range(400)
+    ]
+    # They come in several batches, and each of these is stored by one statement.
+    assert len({row["stored_by"] for row in rows}) <= 40
+
+
 async def test_the_highest_attempt_that_can_be_counted_has_no_next_one(
     start_service: StartService, upstream: Upstream, table: Table
 ) -> None:
