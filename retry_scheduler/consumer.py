@@ -282,10 +282,22 @@ class Consumer:
 
     async def _quarantine(self, malformed: Sequence[Malformed]) -> None:
         self._progress.moved(LOOP)
-        for field in await self._repository.quarantine(malformed):
-            self._metrics.quarantined(field)
+        kept = await self._repository.quarantine(malformed)
         for item in malformed:
-            log.warning(logs.QUARANTINED, field=item.field, reason=item.reason, body_bytes=len(item.raw_body))
+            if item.intake_id in kept:
+                self._metrics.quarantined(item.field)
+                log.warning(
+                    logs.QUARANTINED, field=item.field, reason=item.reason, body_bytes=len(item.raw_body)
+                )
+            else:  # the broker has delivered again what is there already, byte by byte
+                self._metrics.duplicate("ignored")
+                log.info(
+                    logs.DUPLICATE_IGNORED,
+                    field=item.field,
+                    body_bytes=len(item.raw_body),
+                    status="quarantined",
+                    redelivered=True,
+                )
         self._on_malformed()
 
 

@@ -191,6 +191,7 @@ async def test_what_the_broker_delivers_again_changes_nothing_pending_or_execute
     await upstream.receive("orders", 1)
     (review,) = await upstream.receive(REVIEW_QUEUE, 1)
     await eventually(lambda: service.metrics().value("retries_executed_total", status="success") == 1)
+    counted = service.metrics()
     await service.stop()
     before = await table.fetch("SELECT * FROM retry_queue ORDER BY id")
     upstream.ask(*bodies)
@@ -199,9 +200,17 @@ async def test_what_the_broker_delivers_again_changes_nothing_pending_or_execute
             channel.basic_get(RETRY_QUEUE)  # never acknowledged: the broker will say "redelivered"
 
     service = await start_service()
-    await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="ignored") == 2)
+    await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="ignored") == 3)
     await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
 
+    # Six were accepted, the malformed bytes twice: whose second copy it was nobody can tell.
+    assert counted.value("retries_scheduled_total") == 2
+    assert counted.value("retry_quarantined_total") == 1
+    assert service.metrics().value("retries_scheduled_total") == 0
+    assert service.metrics().value("retry_quarantined_total") == 0
+    assert service.log_events("Malformed request quarantined") == []
+    (ignored,) = [event for event in service.log_events("Duplicate request ignored") if "field" in event]
+    assert (ignored["status"], ignored["field"], ignored["redelivered"]) == ("quarantined", "body", True)
     assert await table.fetch("SELECT * FROM retry_queue ORDER BY id") == before
     kept = await table.row("SELECT seen, delivered_at FROM retry_quarantine")
     assert kept["seen"] == 2
