@@ -14,6 +14,8 @@ What a repeated attempt means (contract, section 2):
                                                        broker had delivered it to another instance, too
     a new message, and the attempt has been executed   the upstream does not count: it becomes the
                                                        next attempt, highest retry_count + 1
+
+Of several in one batch each becomes one more: their numbers are given at once, and stored in one statement.
 """
 
 import asyncio
@@ -193,22 +195,20 @@ class Consumer:
         refused: list[Malformed] = []
         waiting = list(candidates)
         while waiting:
-            # Each attempt once in a statement; its repetitions see in the next round what became of it.
+            # Each attempt once in a statement; what became of it decides about its repetitions.
             first: dict[Attempt, _Candidate] = {}
             for candidate in waiting:
                 first.setdefault(candidate.request.attempt, candidate)
-            later = [c for c in waiting if first[c.request.attempt] is not c]
             stored, unstorable = await self._insert(list(first.values()))
             self._report(first, stored)
             refused += [_malformed(candidate.delivery, problem) for candidate, problem in unstorable.items()]
-            repeated = [
-                candidate
-                for attempt, candidate in first.items()
-                if attempt not in stored and candidate not in unstorable
-            ]
+            rest = [c for c in waiting if not c.delivery.done and c not in unstorable]
+            # Of an attempt whose first request cannot be stored, the next one is tried.
+            untried = [c for c in rest if first[c.request.attempt] in unstorable]
+            repeated = [c for c in rest if first[c.request.attempt] not in unstorable]
             onward, at_the_end = await self._next_attempts(repeated)
             refused += at_the_end
-            waiting = onward + later
+            waiting = untried + onward
         return refused
 
     async def _insert(
@@ -230,16 +230,19 @@ class Consumer:
     async def _next_attempts(
         self, repeated: Sequence["_Candidate"]
     ) -> tuple[list["_Candidate"], list[Malformed]]:
-        """Return what must be stored as the next attempt, and what has no next; the rest is only counted."""
+        """Return what must be stored as a next attempt, and what has no next; the rest is only counted."""
         if not repeated:
             return [], []
         asked_s = time.monotonic()
-        states = await self._repository.attempt_states([candidate.told for candidate in repeated])
+        states = await self._repository.attempt_states(list({candidate.told for candidate in repeated}))
+        highest: dict[str, int] = {}  # by message, the given numbers included: each repetition has its own
         onward: list[_Candidate] = []
         at_the_end: list[Malformed] = []
         for candidate in repeated:
+            message_id, told = candidate.told
             state = states.get(candidate.told)
             if state is None:  # archived or deleted a moment ago: then it is new after all
+                candidate.request.retry_count = told
                 onward.append(candidate)
             elif (
                 candidate.delivery.redelivered
@@ -254,12 +257,12 @@ class Consumer:
                     status=state.status,
                     redelivered=candidate.delivery.redelivered,
                 )
-            elif state.highest >= RETRY_COUNT_MAX:
+            elif (number := highest.get(message_id, state.highest) + 1) > RETRY_COUNT_MAX:
                 problem = MalformedRequest("retry_count", "repeats the highest attempt that can be counted")
                 at_the_end.append(_malformed(candidate.delivery, problem))
             else:
                 # Another instance may take the same number first: then this is asked again from the start.
-                candidate.request.retry_count = state.highest + 1
+                highest[message_id] = candidate.request.retry_count = number
                 onward.append(candidate)
         return onward, at_the_end
 
@@ -282,10 +285,22 @@ class Consumer:
 
     async def _quarantine(self, malformed: Sequence[Malformed]) -> None:
         self._progress.moved(LOOP)
-        for field in await self._repository.quarantine(malformed):
-            self._metrics.quarantined(field)
+        kept = await self._repository.quarantine(malformed)
         for item in malformed:
-            log.warning(logs.QUARANTINED, field=item.field, reason=item.reason, body_bytes=len(item.raw_body))
+            if item.intake_id in kept:
+                self._metrics.quarantined(item.field)
+                log.warning(
+                    logs.QUARANTINED, field=item.field, reason=item.reason, body_bytes=len(item.raw_body)
+                )
+            else:  # the broker has delivered again what is there already, byte by byte
+                self._metrics.duplicate("ignored")
+                log.info(
+                    logs.DUPLICATE_IGNORED,
+                    field=item.field,
+                    body_bytes=len(item.raw_body),
+                    status="quarantined",
+                    redelivered=True,
+                )
         self._on_malformed()
 
 

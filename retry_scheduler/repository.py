@@ -181,8 +181,8 @@ class Repository:
             for message_id, retry_count, status, highest, age_s in rows
         }
 
-    async def quarantine(self, malformed: Sequence[Malformed]) -> list[str]:
-        """Keep malformed input, and return the wrong field of each that was not kept before."""
+    async def quarantine(self, malformed: Sequence[Malformed]) -> set[int]:
+        """Keep malformed input, and return the intake_id of each that was not kept before."""
         rows = await self._database.fetch(
             "store_quarantined",
             [sha256(item.raw_body).digest() for item in malformed],
@@ -194,7 +194,7 @@ class Repository:
             [item.intake_id for item in malformed],
             moved_bytes=sum(len(item.raw_body) for item in malformed),
         )
-        return [row[0] for row in rows]
+        return {row[0] for row in rows}
 
     async def claim_due(self, lease: Lease) -> list[ClaimedRetry]:
         """Borrow due attempts, the oldest ones, in no promised order; perhaps none.

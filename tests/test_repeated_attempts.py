@@ -128,6 +128,37 @@ async def test_repetitions_in_one_batch_are_each_given_a_number_of_their_own(
     assert service.metrics().value("retries_scheduled_total") == 5
 
 
+async def test_hundreds_of_repetitions_at_once_are_stored_together_in_their_order(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    service = await start_service(RABBITMQ_PREFETCH="500")
+    upstream.declare("orders")
+    message_id = new_id()
+    upstream.ask(make_request(message_id=message_id, max_retries=1000))
+    await upstream.receive("orders", 1)
+    await eventually(table.settled)
+
+    upstream.ask_for_many(
+        [
+            make_request(
+                message_id=message_id, max_retries=1000, retry_after_ms=AN_HOUR_MS, error_reason=f"copy {n}"
+            )
+            for n in range(400)
+        ]
+    )
+    await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="stored_as_next") == 400)
+
+    rows = await table.fetch(
+        "SELECT retry_count, error_reason, xmin::text AS stored_by FROM retry_queue"
+        " WHERE status = 'pending' ORDER BY retry_count"
+    )
+    assert [(row["retry_count"], row["error_reason"]) for row in rows] == [
+        (n + 1, f"copy {n}") for n in range(400)
+    ]
+    # They come in several batches, and each of these is stored by one statement.
+    assert len({row["stored_by"] for row in rows}) <= 40
+
+
 async def test_the_highest_attempt_that_can_be_counted_has_no_next_one(
     start_service: StartService, upstream: Upstream, table: Table
 ) -> None:
@@ -162,6 +193,7 @@ async def test_what_the_broker_delivers_again_changes_nothing_pending_or_execute
     await upstream.receive("orders", 1)
     (review,) = await upstream.receive(REVIEW_QUEUE, 1)
     await eventually(lambda: service.metrics().value("retries_executed_total", status="success") == 1)
+    counted = service.metrics()
     await service.stop()
     before = await table.fetch("SELECT * FROM retry_queue ORDER BY id")
     upstream.ask(*bodies)
@@ -170,9 +202,17 @@ async def test_what_the_broker_delivers_again_changes_nothing_pending_or_execute
             channel.basic_get(RETRY_QUEUE)  # never acknowledged: the broker will say "redelivered"
 
     service = await start_service()
-    await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="ignored") == 2)
+    await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="ignored") == 3)
     await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
 
+    # Six were accepted, the malformed bytes twice: whose second copy it was nobody can tell.
+    assert counted.value("retries_scheduled_total") == 2
+    assert counted.value("retry_quarantined_total") == 1
+    assert service.metrics().value("retries_scheduled_total") == 0
+    assert service.metrics().value("retry_quarantined_total") == 0
+    assert service.log_events("Malformed request quarantined") == []
+    (ignored,) = [event for event in service.log_events("Duplicate request ignored") if "field" in event]
+    assert (ignored["status"], ignored["field"], ignored["redelivered"]) == ("quarantined", "body", True)
     assert await table.fetch("SELECT * FROM retry_queue ORDER BY id") == before
     kept = await table.row("SELECT seen, delivered_at FROM retry_quarantine")
     assert kept["seen"] == 2

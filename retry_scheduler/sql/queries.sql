@@ -56,13 +56,13 @@ SELECT told.message_id, told.retry_count, task.status,
 -- name: store_quarantined
 -- Keep malformed input. A redelivery of bytes that are kept already only counts them again.
 -- $1..$7 arrays of equal length: sha256, field, reason, raw_body, raw_properties, redelivered, intake_id.
--- Returns one row for each newly kept, also if a lost answer makes this a repetition: field.
+-- Returns one row for each newly kept, also if a lost answer makes this a repetition: intake_id.
 WITH incoming AS (
     SELECT *
       FROM unnest($1::bytea[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::boolean[], $7::bigint[])
         AS message (sha256, field, reason, raw_body, raw_properties, redelivered, intake_id)
 ), kept_already AS (
-    SELECT incoming.intake_id, incoming.field
+    SELECT incoming.intake_id
       FROM incoming
       JOIN retry_quarantine AS kept USING (sha256, intake_id)
 ), seen_before AS (
@@ -78,11 +78,11 @@ WITH incoming AS (
       FROM incoming
      WHERE intake_id NOT IN (SELECT intake_id FROM kept_already)
        AND (NOT redelivered OR sha256 NOT IN (SELECT sha256 FROM seen_before))
-    RETURNING field
+    RETURNING intake_id
 )
-SELECT field FROM kept_now
+SELECT intake_id FROM kept_now
 UNION ALL
-SELECT field FROM kept_already;
+SELECT intake_id FROM kept_already;
 
 -- name: claim_due
 -- Lend due attempts to one instance, oldest first; the others pass over what it holds.
