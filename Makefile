@@ -4,7 +4,7 @@ UV ?= uv
 COMPILE = $(UV) pip compile pyproject.toml --quiet --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" $(ARGS)
 
-.PHONY: help demo test check chaos chaos-teeth bench bench-docs peers format settings lock wheel clean setup \
+.PHONY: help demo test unit-trial check chaos chaos-teeth bench bench-docs peers format settings lock wheel clean setup \
 	setup-python setup-servers
 .DEFAULT_GOAL := help
 
@@ -16,6 +16,9 @@ demo: setup-servers  ## Show the service at work with servers of its own (KEEP=1
 
 test: setup  ## Run all tests (ARGS="-k name" for some)
 	@scripts/test $(ARGS)
+
+unit-trial: setup  ## Run the systemd unit under a real systemd in namespaces; as root, a minute and a half
+	@.venv/bin/python -m pytest -q -s tests/trial_unit.py $(ARGS)
 
 check: setup-python  ## Check format, lint, types, layers, dependencies and file lengths
 	@scripts/check

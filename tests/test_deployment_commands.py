@@ -46,7 +46,6 @@ class Machine:
         self._programs.mkdir()
         self._noted = root / "noted"
         (root / "etc" / "systemd" / "system").mkdir(parents=True)
-        (root / "root").mkdir()
         self._add_program("sudo", 'exec "$@"')
         self._add_program("nano", f'cat {root}/edited >>"$1"')
         for name in ("systemctl", "curl"):
@@ -61,9 +60,9 @@ class Machine:
             known = f"$services/$version/lib/{PYTHON}/site-packages/locked.pth"
             # Not before the wheel is in: pip would take the checkout's own installation for it.
             commands = commands.replace(FROM_INDEX, "").replace(WHEEL, f"{WHEEL}\necho {libraries} >{known}")
-        commands = re.sub(r"(?<![\w./])/(opt|etc|root)/", rf"{self.root}/\1/", commands)
+        commands = self.inside(commands)
         environment = {
-            "PATH": f"{self._programs}:{os.environ['PATH']}",
+            "PATH": f"{self._programs}:{self.root}/usr/local/bin:{os.environ['PATH']}",
             "HOME": str(self.root),
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }
@@ -78,6 +77,10 @@ class Machine:
         )
         assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
         return done.stdout
+
+    def inside(self, text: str) -> str:
+        """Return text with this machine's folders in place of those below /."""
+        return re.sub(r"(?<![\w./])/(opt|etc|usr/local)/", rf"{self.root}/\1/", text)
 
     @property
     def noted(self) -> list[str]:
@@ -123,13 +126,17 @@ async def test_the_commands_of_the_guide_build_install_update_and_roll_back(
         f"POSTGRES_HOST={database.host}\nPOSTGRES_PORT={database.port}\n"
         f"POSTGRES_DB={database.name}\nPOSTGRES_USER={database.user}\n"
     )
-    (tmp_path / "root" / "eracun_owner_password").write_text(database.password)
+    owner_password = tmp_path / "etc" / "eracun" / "credentials" / "owner_password"
+    owner_password.parent.mkdir(parents=True)
+    owner_password.write_text(database.password)
     owner = "POSTGRES_HOST=localhost POSTGRES_DB=eracun POSTGRES_USER=eracun_owner"
     this_database = (tmp_path / "edited").read_text().replace("\n", " ").strip()
 
     (build,) = blocks("Build")
     machine.run(build, cwd=PROJECT)
     shutil.copytree(PROJECT / "dist", machine.folder)
+    for_operators = machine.folder / "retry-scheduler"
+    for_operators.write_text(machine.inside(for_operators.read_text()))
     printed = ""
     for commands in blocks("Install"):
         here = re.sub(r"/dev/stdin (\S+/)(\w+)$", rf"{tmp_path}/\2 \1\2", commands, flags=re.MULTILINE)
@@ -150,13 +157,18 @@ async def test_the_commands_of_the_guide_build_install_update_and_roll_back(
 
     (tmp_path / "next").mkdir()
     build_next_version(tmp_path / "next", machine.folder)
-    for commands in blocks("Update"):
-        machine.run(commands, cwd=machine.folder)
+    machine.run("\n".join(blocks("Update")), cwd=machine.folder)  # in one shell: it keeps the variables
     assert machine.running_version == NEXT_VERSION
+    assert machine.noted.count("systemctl daemon-reload") == 2
     for commands in blocks("Roll back"):
         machine.run(commands, cwd=machine.folder)
     assert machine.running_version == VERSION
     assert machine.noted.count("systemctl restart eracun-retry-scheduler") == 2
+    rotate = blocks("Rotate a secret")[0].replace("/dev/stdin", str(tmp_path / "rotated"))
+    (tmp_path / "rotated").write_text("another one")
+    machine.run(rotate, cwd=tmp_path)
+    assert (secrets[0].parent / "postgres_password").read_text() == "another one"
+    assert machine.noted[-1] == "systemctl restart eracun-retry-scheduler"
 
 
 def test_the_lock_has_everything_that_the_wheel_asks_for() -> None:

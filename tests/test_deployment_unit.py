@@ -91,6 +91,11 @@ def test_the_unit_restarts_for_ever_but_not_over_bad_configuration() -> None:
     assert f"not moved for {STANDS_AFTER_S:.0f} s" in GUIDE.read_text()
 
 
+def test_a_reload_sends_the_signal_at_which_the_service_reads_its_secrets_again() -> None:
+    assert only("ExecReload") == "/bin/kill -HUP $MAINPID"
+    assert "`SIGHUP`" in (PROJECT / "docs" / "contract.md").read_text()
+
+
 def test_the_unit_has_what_the_runbook_says_about_it() -> None:
     runbook = RUNBOOK.read_text()
     hardening = runbook[runbook.index("### systemd Hardening") : runbook.index("### Network Security")]
