@@ -21,13 +21,13 @@ log = structlog.get_logger()
 
 # What a statement aims to take. Longer and claims wait for a processor or the disk; shorter and most of
 # the time goes into commits.
-AIM_S = 0.02
+AIM_S = 0.01
 FIRST_ROWS = 50
 MOST_ROWS = 500
 MOST_BYTES = 8 * 1024 * 1024
 
-# Pauses are this many times as long as the statement before: archiving takes a fifth of one connection.
-PAUSE_TIMES = 4
+# Pauses are this many times as long as the statement before: archiving takes a tenth of one connection.
+PAUSE_TIMES = 9
 SHORTEST_PAUSE_S = 0.01
 
 # Soon after the start, because a service that is restarted every day has to archive, too; not at once,

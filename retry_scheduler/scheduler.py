@@ -3,8 +3,7 @@
     asleep until the next due time (at most the poll interval) -> claim -> hand to the settler -> claim ...
 
 Claiming, publishing and settling overlap: while one batch waits for its confirms the next is
-claimed. MAX_IN_HAND bounds what a crash can turn into duplicates, and is the back-pressure: a slow
-broker fills the hands, and claiming waits.
+claimed. How much may be on its way is for `hand` to say.
 """
 
 import asyncio
@@ -21,33 +20,17 @@ from retry_scheduler import failpoints
 from retry_scheduler.agenda import HORIZON_S, Agenda
 from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.errors import Unavailable
+from retry_scheduler.hand import CLAIM_BYTES, MAX_QUARANTINED_IN_HAND, Hand, batches, is_large
 from retry_scheduler.messages import ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.outage import OutageBackoff
 from retry_scheduler.presence import BEAT_EVERY, Presence
-from retry_scheduler.publisher import travels_alone
-from retry_scheduler.repository import ANY_BYTES, LARGE_BYTES, LONG_AGO, Lease, Repository
+from retry_scheduler.repository import LONG_AGO, Lease, Repository
 from retry_scheduler.settlement import Settler
 from retry_scheduler.supervision import STEP_AT_LEAST_EVERY_S, Progress
 
 log = structlog.get_logger()
-
-# Rows claimed and not settled: the most duplicates that the death of one instance can cause.
-MAX_OUTSTANDING = 512
-# RabbitMQ lets a channel hand 400 messages to a queue that does not answer; with one more it reads
-# nothing from that connection any more, and everybody waits for the queue that hangs.
-MAX_IN_HAND = 384
-# What waits for slow queues may fill the hand: so many more are for the other queues then.
-MORE_IN_HAND = 64
-MAX_QUARANTINED_IN_HAND = MAX_OUTSTANDING - MAX_IN_HAND - MORE_IN_HAND
-
-# Half of what may be in hand, so that one batch is published while another is settled.
-CLAIM_ROWS = MAX_IN_HAND // 2
-CLAIM_BYTES = 16 * 1024 * 1024
-# Each byte in hand is in memory about three times while it is on its way to a broker that is slow. Large
-# payloads are counted apart, so that they do not keep the others waiting.
-MAX_HELD_BYTES = 2 * CLAIM_BYTES
 
 # Only a fallback, should a living instance lose sight of a row: the rows of one that has stopped
 # beating are taken over after seconds. Much shorter and a long alarm of the broker, through which
@@ -98,8 +81,7 @@ class Scheduler:
         self._name = name
         self._poll_interval_s = poll_interval.total_seconds()
         self._progress = progress
-        self._held: dict[int, int] = {}  # id -> claims
-        self._held_bytes = {False: 0, True: 0}  # of payloads that are large, and of the others
+        self._hand = Hand()
         self._deliveries: set[asyncio.Task[None]] = set()
         self._changed = link.changed  # also set when anything else changes that claiming waits for
         self._quarantined = asyncio.Event()
@@ -148,9 +130,8 @@ class Scheduler:
         tasks = await self._repository.claim_due(lease)
         if tasks:
             self._claimed_since_search = True
-            self._held.update((task.id, task.claims) for task in tasks)
-            for batch in _batches(tasks):
-                self._held_bytes[_is_large(batch[0])] += sum(task.payload_bytes for task in batch)
+            self._hand.take(tasks)
+            for batch in batches(tasks):
                 delivery = asyncio.create_task(
                     self._deliver(batch, claimed_at_s, lease.owner), name="delivery"
                 )
@@ -163,13 +144,13 @@ class Scheduler:
         sent_at_s = time.monotonic()
         presence = self._presence
         failpoints.reach("before_beat")
-        sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor, self._held)
+        sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor, self._hand.ids)
         if sighting is None:  # just started, or buried by another instance
             presence.renew()
             await self._repository.join_instances(presence.id, self._name)
             self._progress.moved("beat")
             sent_at_s = time.monotonic()
-            sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor, self._held)
+            sighting = await self._repository.beat(presence.id, LOOK_AHEAD, self._floor, self._hand.ids)
             if sighting is None:
                 return
         presence.beaten(sent_at_s)
@@ -207,24 +188,18 @@ class Scheduler:
     def _claimable(self) -> int:
         """How many rows it makes sense to claim now.
 
-        None while paused, our leases cannot be trusted, the broker takes no messages, or less than half a
-        hand is free, in rows or in bytes. One through a connection that has not proven itself; as many
-        again with each beat that brings no confirm, since perhaps only the queue of the first ones hangs.
-        A few more if slow queues fill the hand; the link holds what else is for those.
+        None while paused, our leases cannot be trusted, the broker takes no messages, or the hand is full.
+        One through a connection that has not proven itself; as many again with each beat that brings no
+        confirm, since perhaps only the queue of the first ones hangs.
         """
         now_s = time.monotonic()
         if self._paused or self._presence.fenced(now_s) or not self._link.ready:
             return 0
-        if self._held_bytes[False] > MAX_HELD_BYTES:
+        if self._link.proven:
+            return self._hand.room(slow=self._link.slow)
+        if self._hand and now_s - self._probed_at_s < PROBE_EVERY_S:
             return 0
-        if not self._link.proven:
-            if self._held and now_s - self._probed_at_s < PROBE_EVERY_S:
-                return 0
-            return min(max(len(self._held), 1), MAX_IN_HAND - len(self._held), CLAIM_ROWS)
-        room = MAX_IN_HAND - len(self._held)
-        if room >= CLAIM_ROWS:
-            return CLAIM_ROWS
-        return max(room + MORE_IN_HAND, 0) if self._link.slow >= MAX_IN_HAND - CLAIM_ROWS else 0
+        return self._hand.room_for_probes()
 
     async def _wait_until_claimable(self, stop: asyncio.Event) -> None:
         self._progress.moved("claim")
@@ -240,16 +215,13 @@ class Scheduler:
             return time.monotonic() - claimed_at_s < PUBLISH_BEFORE_S and self._trusts_leases_of(owner)
 
         in_hand = {task.id for task in tasks}
-        large = _is_large(tasks[0])
+        large = is_large(tasks[0])
 
         def put_down(settled: Iterable[ClaimedRetry]) -> None:
             for task in settled:
-                # A row that was given back may have been claimed anew before its answer came.
-                if self._held.get(task.id) == task.claims:
-                    del self._held[task.id]
                 if task.id in in_hand:
                     in_hand.discard(task.id)
-                    self._held_bytes[large] -= task.payload_bytes
+                    self._hand.put_down(task)
             if large:
                 self._agenda.expect((0.0,))  # others like it may have been passed over
             self._changed.set()
@@ -270,7 +242,7 @@ class Scheduler:
 
     async def _get_payloads(self, tasks: list[ClaimedRetry]) -> bool:
         """Get what was too large to come with the claim. Returns False if PostgreSQL does not deliver it."""
-        for task in filter(_is_large, tasks):
+        for task in filter(is_large, tasks):
             try:
                 task.payload = await self._repository.payload(task)
             except Unavailable as problem:
@@ -361,23 +333,6 @@ class Scheduler:
             limit_rows,
             CLAIM_BYTES,
             self._floor,
-            frozenset(self._held),
-            LARGE_BYTES if self._held_bytes[True] > CLAIM_BYTES else ANY_BYTES,
+            frozenset(self._hand.ids),
+            self._hand.limit_payload_bytes,
         )
-
-
-def _is_large(task: ClaimedRetry) -> bool:
-    return task.payload_bytes > LARGE_BYTES
-
-
-def _batches(tasks: list[ClaimedRetry]) -> list[list[ClaimedRetry]]:
-    """Part a claim into what travels together: each large payload alone, and what is suspected apart."""
-    usual, lonely, large = [], [], []
-    for task in tasks:
-        if _is_large(task):
-            large.append([task])
-        elif travels_alone(task.claims_unsettled):
-            lonely.append(task)
-        else:
-            usual.append(task)
-    return [batch for batch in (usual, lonely, *large) if batch]

@@ -17,12 +17,12 @@ import structlog
 from retry_scheduler.archive import archive_daily
 from retry_scheduler.assembly import assemble
 from retry_scheduler.errors import Unavailable
+from retry_scheduler.hand import MAX_OUTSTANDING
 from retry_scheduler.http_api import build_app, build_server, listen
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.live import LiveFigures
 from retry_scheduler.observability.metrics_server import serve_metrics
 from retry_scheduler.rotation import with_fresh_secrets
-from retry_scheduler.scheduler import MAX_OUTSTANDING
 from retry_scheduler.schema import migrate
 from retry_scheduler.settings import Settings
 from retry_scheduler.supervision import ServiceManager, Supervisor

@@ -8,8 +8,8 @@ from chaos import conduct, duplicates
 from chaos.checker import check, holds
 from chaos.history import Event, History, InstanceEvent, Row
 from chaos.safety import MOST_OUTSTANDING
+from retry_scheduler.hand import MAX_OUTSTANDING
 from retry_scheduler.observability import logs
-from retry_scheduler.scheduler import MAX_OUTSTANDING
 from tests.chaos_flaws import FLAWS
 from tests.chaos_histories import (
     AGAIN,
