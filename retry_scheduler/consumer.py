@@ -235,6 +235,7 @@ class Consumer:
             return [], []
         asked_s = time.monotonic()
         states = await self._repository.attempt_states(list({candidate.told for candidate in repeated}))
+        answered_s = time.monotonic()
         highest: dict[str, int] = {}  # by message, the given numbers included: each repetition has its own
         onward: list[_Candidate] = []
         at_the_end: list[Malformed] = []
@@ -247,7 +248,7 @@ class Consumer:
             elif (
                 candidate.delivery.redelivered
                 or state.status == "pending"
-                or state.age_s < asked_s - candidate.delivery.received_s
+                or _stored_since(candidate.delivery, state.age_s, asked_s, answered_s)
             ):
                 candidate.delivery.done = True
                 self._metrics.duplicate("ignored")
@@ -320,6 +321,16 @@ def _malformed(delivery: Delivery, problem: MalformedRequest) -> Malformed:
     return Malformed(
         problem.field, reason, delivery.body, delivery.properties, delivery.redelivered, delivery.intake_id
     )
+
+
+def _stored_since(delivery: Delivery, age_s: float, asked_s: float, answered_s: float) -> bool:
+    """Whether an attempt was stored when we had this message already: by somebody who was given it, too.
+
+    age_s: the attempt's, at some moment between question and answer. They lie a second apart on a slow link.
+    Then a message that the broker delivers again, because our connection has ended, is taken for the same.
+    """
+    moment_s = answered_s if delivery.connection.closed.done() else asked_s
+    return moment_s - age_s > delivery.received_s
 
 
 def _short(header: str | None) -> str | None:

@@ -4,6 +4,8 @@ import asyncio
 from collections import Counter
 from datetime import timedelta
 
+import pytest
+
 from chaos.proxy import proxies
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.factories import make_request, new_id
@@ -221,8 +223,14 @@ async def test_what_the_broker_delivers_again_changes_nothing_pending_or_execute
     assert review.review["reason"] == "malformed"
 
 
+@pytest.mark.parametrize("latency_s", [0.0, 0.2])
 async def test_what_another_instance_has_executed_while_we_had_it_in_hand_is_not_executed_once_more(
-    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ, vhost: str
+    start_service: StartService,
+    upstream: Upstream,
+    table: Table,
+    rabbitmq: PrivateRabbitMQ,
+    vhost: str,
+    latency_s: float,
 ) -> None:
     """Cut off from both servers, we cannot store it; the broker gives it to another instance, marked."""
     upstream.declare("orders", RETRY_QUEUE)
@@ -230,20 +238,21 @@ async def test_what_another_instance_has_executed_while_we_had_it_in_hand_is_not
         cut_off = await start_service(
             RABBITMQ_URL=through(to_rabbitmq, vhost), POSTGRES_PORT=str(to_postgres.port)
         )
+        await start_service()
         to_postgres.refuse()
-        upstream.ask(make_request())
+        upstream.ask(make_request(), make_request())  # one for each of them
         await eventually(lambda: cut_off.log_events("Failed to save retry task"))
         to_rabbitmq.refuse()
-        await start_service()
-        await upstream.filled("orders", 1)
+        await upstream.filled("orders", 2)
         await eventually(table.settled)
         to_postgres.heal()
-        to_rabbitmq.heal()
-        await cut_off.wait_until_ready()
-        await eventually(lambda: cut_off.metrics().value("retry_duplicates_total", kind="ignored") == 1)
+        to_postgres.slow_down(latency_s=latency_s)
+        await eventually(
+            lambda: cut_off.metrics().value("retry_duplicates_total") == 1, within=timedelta(seconds=15)
+        )
 
-    assert len(upstream.take("orders")) == 1
-    assert await table.statuses() == {"retried": 1}
+    assert cut_off.metrics().value("retry_duplicates_total", kind="ignored") == 1
+    assert await table.statuses() == {"retried": 2}
 
 
 async def test_two_instances_that_are_told_of_one_executed_attempt_store_each_repetition_once(
