@@ -25,6 +25,22 @@ from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE
 ALL_BYTES = bytes(range(256))
 LARGE_PAYLOAD = encoded(bytes(2 * 1024 * 1024)).encode()
 
+# Each makes a request of more than 1 MiB.
+LARGE: dict[str, dict[str, Any]] = {
+    "base64": {"original_payload": LARGE_PAYLOAD.decode()},
+    "Buffer": {"original_payload": node_buffer(ALL_BYTES * 1600)},
+    "text": {"error_reason": "stack\n" * 400_000},
+    "values": {"rows": [0] * 600_000},
+}
+# Names that mean something elsewhere.
+INNER: dict[str, Any] = {
+    "value": "message_id",
+    "": ["message_id", "retry_count"],
+    "original": {"message_id": "x", "original_payload": {"data": [{"retry_count": 1}], "type": 1}},
+    "headers": [{"retry_count": 5}, {"retry_count": 6, "type": "Buffer", "data": []}],
+    "note": 'caf\u00e9 "retry_count": 7, \\"message_id": ',
+}
+
 # Surrogates too: JSON can write what UTF-8 cannot.
 any_text = st.text(st.characters(), max_size=20)
 json_values = st.recursive(
@@ -98,7 +114,12 @@ def test_a_payload_arrives_as_the_bytes_it_was_in_either_form(payload: bytes, fo
 
 
 def test_a_buffer_may_have_more_fields_and_in_any_order() -> None:
-    buffer = {"data": [104, 105], "length": 2, "type": "Buffer"}
+    buffer = {
+        "data": [104, 105],
+        "length": 2,
+        "parent": {"type": "ArrayBuffer", "data": [], "data ": []},
+        "type": "Buffer",
+    }
 
     assert parse(make_request(original_payload=buffer)).payload == b"hi"
 
@@ -205,14 +226,32 @@ def test_fields_that_the_contract_does_not_name_change_nothing(extra: dict[str, 
     assert parse(json.dumps({**extra, **fields}).encode()) == parse(json.dumps(fields).encode())
 
 
-def test_names_of_ours_inside_ignored_fields_are_ignored_beside_a_large_payload() -> None:
-    fields = request_fields(original_payload=LARGE_PAYLOAD.decode(), retry_count=1)
-    extra = {
-        "headers": {"message_id": "of the upstream", "retry_count": 5},
-        "note": 'caf\u00e9 "retry_count": 7',
-    }
+@pytest.mark.parametrize("large", LARGE.values(), ids=LARGE)
+def test_names_of_ours_inside_ignored_fields_are_ignored_beside_anything_large(large: dict[str, Any]) -> None:
+    fields = request_fields(retry_count=1, **large)
 
-    assert parse(json.dumps({**extra, **fields}).encode()) == parse(json.dumps(fields).encode())
+    assert parse(json.dumps({**INNER, **fields}).encode()) == parse(json.dumps(fields).encode())
+    assert parse(json.dumps({**fields, **INNER}).encode()) == parse(json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize("again", [b"retry_count", rb"retry\u005fcount"], ids=["plain", "escaped"])
+@pytest.mark.parametrize("large", LARGE.values(), ids=LARGE)
+def test_a_key_given_twice_is_found_beside_anything_large(large: dict[str, Any], again: bytes) -> None:
+    body = json.dumps({**INNER, **request_fields(**large)}).encode()
+
+    for twice in (b'{"%b": 0, %b' % (again, body[1:]), b'%b, "%b": 0}' % (body[:-1], again)):
+        with pytest.raises(MalformedRequest, match=r"^retry_count: is given twice$"):
+            parse(twice)
+
+
+@pytest.mark.parametrize("large", [LARGE["base64"], LARGE["Buffer"], LARGE["text"]], ids=list(LARGE)[:3])
+def test_half_an_emoji_in_an_error_reason_is_replaced_beside_anything_large(large: dict[str, Any]) -> None:
+    fields = request_fields(**large)
+    fields["error_reason"] = "\ud83d" + fields["error_reason"]
+
+    request = parse(json.dumps(fields).encode())
+
+    assert (request.error_reason or "").startswith("\N{REPLACEMENT CHARACTER}" + fields["error_reason"][1:6])
 
 
 def test_escapes_and_white_space_change_nothing() -> None:
