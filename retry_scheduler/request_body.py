@@ -51,11 +51,18 @@ class RequestBody(msgspec.Struct):
     retry_after_ms: RetryAfter | msgspec.UnsetType = msgspec.UNSET
 
 
+class _PayloadOnly(msgspec.Struct):
+    original_payload: msgspec.Raw
+
+
 _decode = msgspec.json.Decoder(RequestBody).decode
+_decode_payload = msgspec.json.Decoder(_PayloadOnly).decode
 _FIELD_TYPES: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(RequestBody)}
 _REQUIRED = tuple(field.name for field in msgspec.structs.fields(RequestBody) if field.required)
+_BUFFER_NAMES = tuple(field.name for field in msgspec.structs.fields(NodeBuffer))
 _NAMED_BY_DECODER = re.compile(r"(?:at `\$\.|required field `)(\w+)")
 _UNIQUE_FIELDS = UniqueKeys(_FIELD_TYPES)
+_UNIQUE_IN_BUFFER = UniqueKeys(_BUFFER_NAMES)
 
 # Where the bulk of a body begins: what a text holds, or the array of a Buffer as Node.js writes it.
 _PAYLOAD_KEY = b'"original_payload"'
@@ -88,7 +95,7 @@ def read_quickly(body: bytes) -> RequestBody:
     try:
         body.decode()  # the decoder skips over fields that it does not know without reading them
         decoded = _decode(body)
-        _refuse_repeated(body)
+        _refuse_repeated(body, decoded)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         refusal = str(error)
         named = _NAMED_BY_DECODER.search(refusal)
@@ -96,10 +103,14 @@ def read_quickly(body: bytes) -> RequestBody:
     return decoded
 
 
-def _refuse_repeated(body: bytes) -> None:
+def _refuse_repeated(body: bytes, decoded: RequestBody) -> None:
     text = _without_payload(body)
     if _UNIQUE_FIELDS.may_repeat(text) and (name := _UNIQUE_FIELDS.repeated(text)):
         raise MalformedRequest(name, "is given twice")
+    if type(decoded.original_payload) is not bytes and _UNIQUE_IN_BUFFER.may_repeat(text):
+        buffer = bytes(_decode_payload(text).original_payload)
+        if name := _UNIQUE_IN_BUFFER.repeated(buffer):
+            raise MalformedRequest("original_payload", f"has {name} twice")
 
 
 def _without_payload(body: bytes) -> bytes:
@@ -172,6 +183,12 @@ def read_carefully(body: bytes) -> RequestBody:
 
 
 def _checked_value(name: str, value: Any) -> Any:
+    if name == "original_payload" and isinstance(value, _Pairs):
+        value = _Pairs([(key, item) for key, item in value.pairs if key in _BUFFER_NAMES])
+        keys = [key for key, _ in value.pairs]
+        for key in _BUFFER_NAMES:
+            if keys.count(key) > 1:
+                raise MalformedRequest(name, f"has {key} twice")
     try:
         return msgspec.convert(_plain(value), _FIELD_TYPES[name])
     except msgspec.ValidationError as error:

@@ -164,6 +164,14 @@ TWICE = [
     Malformed("original_queue twice", b'{"original_queue": "bills", ' + GOOD[1:], "original_queue"),
     Malformed("retry_count again behind an escape", GOOD[:-1] + rb', "retry\u005fcount": 1}', "retry_count"),
     Malformed("message_id behind an escape again", rb'{"message_i\u0064": null, ' + GOOD[1:], "message_id"),
+    _wrong_literal("a Buffer with data twice", original_payload='{"type":"Buffer","data":[1],"data":[2]}'),
+    _wrong_literal(
+        "a Buffer with type twice", original_payload='{"type":"Buffer","type":"Buffer","data":[]}'
+    ),
+    _wrong_literal(
+        "a Buffer with data behind an escape again",
+        original_payload=r'{"d\u0061ta":[1],"type":"Buffer","data":[1]}',
+    ),
 ]
 
 MALFORMED = [*MESSAGE_IDS, *PAYLOADS, *QUEUES, *ERROR_REASONS, *COUNTS, *BODIES, *TWICE]

@@ -81,6 +81,8 @@ def _is_payload(value: Any) -> bool:
         return False
     fields = dict(value)
     data = fields.get("data")
+    if [name for name, _ in value if name in ("type", "data")] not in (["type", "data"], ["data", "type"]):
+        return False
     return fields.get("type") == "Buffer" and type(data) is list and all(_within(byte, 255) for byte in data)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from retry_scheduler.errors import MalformedRequest
 from retry_scheduler.messages import parse_request, storable_text
 from tests.factories import encoded, node_buffer
-from tests.slow_requests import DEFAULT_MAX_RETRIES, FIELDS, HUGE, read_slowly, storable_slowly
+from tests.slow_requests import DEFAULT_MAX_RETRIES, FIELDS, HUGE, Pairs, read_slowly, storable_slowly
 from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE
 
 many = settings(max_examples=1500, deadline=None)
@@ -32,8 +32,16 @@ plain_fields = st.tuples(st.just("note"), st.dictionaries(names, scalars))
 sometimes = st.sampled_from([False, False, True])
 
 uuids = st.uuids().flatmap(lambda uuid: st.sampled_from([str(uuid), str(uuid).upper()]))
-payloads = st.binary(max_size=40).flatmap(
-    lambda payload: st.sampled_from([encoded(payload), node_buffer(payload)])
+# Their keys in any number: once, twice, not at all.
+buffers_as_written = st.lists(
+    st.tuples(st.just("type"), st.just("Buffer"))
+    | st.tuples(st.just("data"), st.lists(st.integers(0, 255), max_size=3))
+    | st.tuples(names, json_values),
+    max_size=4,
+).map(Pairs)
+payloads = (
+    st.binary(max_size=40).flatmap(lambda payload: st.sampled_from([encoded(payload), node_buffer(payload)]))
+    | buffers_as_written
 )
 long_texts = st.text(st.sampled_from("aé🐇\0\ud800"), min_size=1, max_size=5).map(
     lambda some: some * (9000 // len(some))
@@ -105,8 +113,9 @@ class _Writer:
     def value(self, value: Any) -> str:
         if isinstance(value, str):
             return self.text(value)
-        if isinstance(value, dict):
-            return "{" + ",".join(self.pair(*pair) for pair in value.items()) + "}"
+        if isinstance(value, dict | Pairs):
+            pairs = value.items() if isinstance(value, dict) else value
+            return "{" + ",".join(self.pair(*pair) for pair in pairs) + "}"
         if isinstance(value, list):
             return "[" + ",".join(self.value(item) for item in value) + "]"
         return json.dumps(value)

@@ -244,6 +244,20 @@ def test_a_key_given_twice_is_found_beside_anything_large(large: dict[str, Any],
             parse(twice)
 
 
+@pytest.mark.parametrize("again", [b"data", rb"d\u0061ta"], ids=["plain", "escaped"])
+@pytest.mark.parametrize("large", [{}, LARGE["text"], LARGE["values"]], ids=["nothing", "text", "values"])
+def test_data_given_twice_in_a_large_buffer_is_found_beside_anything_large(
+    large: dict[str, Any], again: bytes
+) -> None:
+    fields = {**INNER, **request_fields(**large, **LARGE["Buffer"])}
+    body = (
+        json.dumps(fields).encode().replace(b'"type": "Buffer", ', b'"type": "Buffer", "%b": [1], ' % again)
+    )
+
+    with pytest.raises(MalformedRequest, match=r"^original_payload: has data twice$"):
+        parse(body)
+
+
 @pytest.mark.parametrize("large", [LARGE["base64"], LARGE["Buffer"], LARGE["text"]], ids=list(LARGE)[:3])
 def test_half_an_emoji_in_an_error_reason_is_replaced_beside_anything_large(large: dict[str, Any]) -> None:
     fields = request_fields(**large)
