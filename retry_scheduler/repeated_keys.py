@@ -23,7 +23,7 @@ class UniqueKeys:
         # A byte for each name that neither stands in JSON nor means anything in an outline.
         self._marks = {name: bytes((mark,)) for mark, name in enumerate(names, start=1)}
         self._keys = {_key(name): mark for name, mark in self._marks.items()}
-        self._irrelevant = bytes(set(range(256)) - set(b'"{}[]:') - set(b"".join(self._marks.values())))
+        self._irrelevant = bytes(set(range(256)) - set(b'"{}[]:,') - set(b"".join(self._marks.values())))
         self._escapes = {
             f"\\u00{digits}".encode(): letter.encode()
             for letter in sorted(set("".join(self._marks)))
@@ -48,7 +48,7 @@ class UniqueKeys:
         return None
 
     def _outline(self, text: bytes) -> bytes:
-        """Return what stands outside of texts: brackets, colons, and a mark for each of our names."""
+        """Return the punctuation outside of texts, and a mark for each text that is one of our names."""
         text = text.replace(b"\\\\", b"//")  # whatever backslash is left begins an escape
         if _ESCAPED_LETTER.search(text):
             for escape, letter in self._escapes.items():

@@ -72,15 +72,14 @@ _PAYLOAD_OPENS = re.compile(
     re.VERBOSE,
 )
 
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _SHORT_DIGITS = 30
 
 
 def read_body(body: bytes) -> RequestBody:
     """Return the fields. Raises MalformedRequest, which names the first field that breaks a rule."""
     try:
-        fields = read_quickly(body)
-        if b"\\u" not in body or not _has_few_values(body):
-            return fields
+        return read_quickly(body)
     except MalformedRequest:
         if not _has_few_values(body):
             raise
@@ -153,12 +152,14 @@ def read_carefully(body: bytes) -> RequestBody:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise MalformedRequest("body", f"is not UTF-8 (byte {error.start})") from None
+    # For each number of a Buffer a function of ours would be called: only where it is needed.
+    has_long_numbers = b"0" * (_SHORT_DIGITS + 1) in body.translate(_ZEROS)
     try:
         fields = json.loads(
             text,
             object_pairs_hook=_Pairs,
             parse_constant=_refuse_constant,
-            parse_int=_shortened_integer,
+            parse_int=_shortened_integer if has_long_numbers else None,
         )
     except json.JSONDecodeError as error:
         problem = "is empty" if not body.strip() else f"is not JSON: {error.msg} (character {error.pos})"
@@ -184,6 +185,7 @@ def read_carefully(body: bytes) -> RequestBody:
 
 def _checked_value(name: str, value: Any) -> Any:
     if name == "original_payload" and isinstance(value, _Pairs):
+        value = _Pairs([(key, item) for key, item in value.pairs if key in _BUFFER_NAMES])
         keys = [key for key, _ in value.pairs]
         for key in _BUFFER_NAMES:
             if keys.count(key) > 1:

@@ -1,6 +1,7 @@
 """Requests of every shape, read quickly and slowly: the same ones are taken, with every field and byte."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import example, given, settings
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 
 from retry_scheduler.errors import MalformedRequest
 from retry_scheduler.messages import parse_request, storable_text
+from retry_scheduler.repeated_keys import UniqueKeys
+from retry_scheduler.request_body import RequestBody, read_carefully, read_quickly
 from tests.factories import encoded, node_buffer
 from tests.slow_requests import DEFAULT_MAX_RETRIES, FIELDS, HUGE, Pairs, read_slowly, storable_slowly
 from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE
@@ -28,8 +31,9 @@ json_values = st.recursive(
 )
 
 tricky_fields = st.tuples(names.filter(lambda name: name not in FIELDS), json_values)
-plain_fields = st.tuples(st.just("note"), st.dictionaries(names, scalars))
-sometimes = st.sampled_from([False, False, True])
+# Which characters are escaped: none, each one, or every second or third.
+sometimes = st.sampled_from([0, 0, 0, 1, 2, 3])
+spaces = st.sampled_from(["", " ", "\n\t"])
 
 uuids = st.uuids().flatmap(lambda uuid: st.sampled_from([str(uuid), str(uuid).upper()]))
 # Their keys in any number: once, twice, not at all.
@@ -46,7 +50,11 @@ payloads = (
 long_texts = st.text(st.sampled_from("aé🐇\0\ud800"), min_size=1, max_size=5).map(
     lambda some: some * (9000 // len(some))
 )
-large_payloads = st.binary(min_size=1, max_size=8).map(lambda some: encoded(some * (1_500_000 // len(some))))
+large_payloads = st.binary(min_size=1, max_size=8).flatmap(
+    lambda some: st.sampled_from(
+        [encoded(some * (1_500_000 // len(some))), node_buffer(some * (100_000 // len(some)))]
+    )
+)
 GOOD: dict[str, st.SearchStrategy[Any]] = {
     "message_id": uuids,
     "original_payload": payloads,
@@ -81,11 +89,11 @@ def requests(
     draw: st.DrawFn,
     payloads: st.SearchStrategy[Any] = payloads,
     others: st.SearchStrategy[tuple[str, Any]] = tricky_fields,
-    escapes: st.SearchStrategy[bool] = sometimes,
+    escapes: st.SearchStrategy[int] = sometimes,
 ) -> bytes:
     """A JSON object with the contract's fields: mostly right, in any order, written in any way.
 
-    others: fields that the contract does not name. escapes: whether every character is escaped.
+    others: fields that the contract does not name. escapes: 0 for none, n for every n-th character.
     """
     pairs: list[tuple[str, Any]] = []
     wrong = draw(st.sets(st.sampled_from(FIELDS), max_size=2)) if draw(st.booleans()) else set()
@@ -95,7 +103,7 @@ def requests(
         elif name in FIELDS[:3] or draw(st.booleans()):
             pairs.append((name, draw(payloads if name == "original_payload" else GOOD[name])))
     pairs += draw(st.lists(others, max_size=3))
-    written = _Writer(draw(st.sampled_from(["", " ", "\n\t"])), escape=draw(escapes))
+    written = _Writer(draw(spaces), escape=draw(escapes))
     body = "{" + ",".join(written.pair(*pair) for pair in draw(st.permutations(pairs))) + "}"
     return body.encode()
 
@@ -103,7 +111,7 @@ def requests(
 class _Writer:
     """Writes JSON as it may be written: with spaces and escapes where nobody needs them."""
 
-    def __init__(self, space: str, *, escape: bool) -> None:
+    def __init__(self, space: str, *, escape: int) -> None:
         self._space = space
         self._escape = escape
 
@@ -122,13 +130,22 @@ class _Writer:
 
     def text(self, text: str) -> str:
         if self._escape:
-            units = text.encode("utf-16-be", errors="surrogatepass")
-            return '"' + "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)) + '"'
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return json.dumps(text)
-        return json.dumps(text, ensure_ascii=False)
+            return '"' + "".join(self._character(*place) for place in enumerate(text)) + '"'
+        return _plain_text(text)
+
+    def _character(self, place: int, character: str) -> str:
+        if place % self._escape:
+            return _plain_text(character)[1:-1]
+        units = character.encode("utf-16-be", errors="surrogatepass")
+        return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
+
+
+def _plain_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False)
 
 
 def compare(body: bytes) -> None:
@@ -180,8 +197,41 @@ def test_any_bytes_are_read_without_another_error(body: bytes) -> None:
     compare(body)
 
 
+@many
+@given(st.lists(st.tuples(st.sampled_from(FIELDS) | names, json_values)).map(Pairs), sometimes, spaces)
+def test_a_name_that_is_a_key_twice_is_found_in_any_object(pairs: Pairs, escape: int, space: str) -> None:
+    text = _Writer(space, escape=escape).value(pairs).encode()
+    keys = [key for key, _ in pairs]
+    twice = {name for name in FIELDS if keys.count(name) > 1}
+    unique = UniqueKeys(FIELDS)
+
+    repeated = unique.repeated(text)
+
+    assert repeated in twice if twice else repeated is None
+    assert repeated is None or unique.may_repeat(text)
+
+
+@many
+@given(requests())
+def test_what_is_read_quickly_is_what_is_read_carefully(body: bytes) -> None:
+    quickly, carefully = _read(read_quickly, body), _read(read_carefully, body)
+
+    if quickly is not None or b"\\ud" not in body.lower():
+        assert quickly == carefully
+
+
+def _read(read: Callable[[bytes], RequestBody], body: bytes) -> RequestBody | None:
+    try:
+        fields = read(body)
+    except MalformedRequest:
+        return None
+    if isinstance(fields.retry_after_ms, int):
+        fields.retry_after_ms = min(fields.retry_after_ms, HUGE)
+    return fields
+
+
 @settings(max_examples=40, deadline=None)
-@given(requests(large_payloads, plain_fields, st.just(False)))
+@given(requests(large_payloads, escapes=st.just(0)))
 def test_beside_a_large_payload_the_same_is_taken(body: bytes) -> None:
     compare(body)
 

@@ -5,8 +5,8 @@ from datetime import timedelta
 
 import pytest
 
+from chaos.proxy import proxies
 from tests.factories import encoded, make_request, new_id
-from tests.proxy import proxies
 from tests.service_process import StartService
 from tests.table import Table
 from tests.upstream import Load, Upstream

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from retry_scheduler import request_body
 from retry_scheduler.errors import MalformedRequest
 from retry_scheduler.messages import ERROR_REASON_MAX_BYTES, RetryRequest, parse_request, storable_text
+from retry_scheduler.request_body import read_body, read_carefully
 from tests.factories import (
     MISSING,
     PAYLOAD,
@@ -34,10 +36,11 @@ LARGE: dict[str, dict[str, Any]] = {
 }
 # Names that mean something elsewhere.
 INNER: dict[str, Any] = {
+    "value": "message_id",
+    "": ["message_id", "retry_count"],
     "original": {"message_id": "x", "original_payload": {"data": [{"retry_count": 1}], "type": 1}},
     "headers": [{"retry_count": 5}, {"retry_count": 6, "type": "Buffer", "data": []}],
     "note": 'caf\u00e9 "retry_count": 7, \\"message_id": ',
-    "value": "message_id",
 }
 
 # Surrogates too: JSON can write what UTF-8 cannot.
@@ -265,6 +268,22 @@ def test_half_an_emoji_in_an_error_reason_is_replaced_beside_anything_large(larg
     request = parse(json.dumps(fields).encode())
 
     assert (request.error_reason or "").startswith("\N{REPLACEMENT CHARACTER}" + fields["error_reason"][1:6])
+
+
+@pytest.mark.parametrize("form", [encoded, node_buffer], ids=["base64", "Buffer"])
+@pytest.mark.parametrize(
+    "text", ["ra\u010dun 日本 🐇", "tab\t, bell\7, delete\x7f", 'a " \\ / \\u0041', "\0"]
+)
+def test_escapes_in_texts_do_not_make_reading_slow(
+    text: str, form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = make_request(error_reason=text, original_payload=form(ALL_BYTES), note=text)
+    expected = read_carefully(body)
+
+    monkeypatch.setattr(request_body, "read_carefully", None)  # whoever needs it fails
+
+    assert read_body(body) == expected
+    assert read_body(body.replace(b"/", rb"\/")) == expected
 
 
 def test_escapes_and_white_space_change_nothing() -> None:
