@@ -111,6 +111,7 @@ def test_a_host_that_can_have_no_address_is_a_wrong_setting(command: str) -> Non
     assert (done.returncode, done.stdout) == (CONFIG, "")
     named = [line.removeprefix("retry-scheduler: bad setting: ") for line in done.stderr.splitlines()]
     assert sorted(line.split(":")[0] for line in named) == ["HTTP_HOST", "POSTGRES_HOST", "RABBITMQ_URL"]
+    assert all("is no host name: a part between two dots" in line for line in named)
 
 
 @pytest.mark.parametrize("command", ["run", "migrate"])
