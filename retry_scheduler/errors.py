@@ -9,9 +9,10 @@ A driver's exception (asyncpg, pika, pydantic) stops in the module that called t
     |-- MalformedRequest     this message can never become an attempt; quarantine it
     |-- BadSettings          tell the operator every wrong setting and leave with 78
     |-- UnusableSchema       tell the operator what the database lacks and leave with 78
-    `-- PortTaken            tell the operator which port and leave with 78
+    `-- PortTaken            tell the operator which port or host and leave with 78
 """
 
+import errno
 from collections.abc import Sequence
 
 
@@ -80,9 +81,12 @@ class UnusableSchema(RetrySchedulerError):
 
 
 class PortTaken(RetrySchedulerError):
-    """A listener's port cannot be bound."""
+    """A listener's port cannot be bound, or its host is none of this machine's."""
 
     def __init__(self, setting: str, address: str, cause: OSError) -> None:
-        super().__init__(
-            f"{setting}: cannot listen on {address}: {cause.strerror or cause}. Free it or set {setting}."
-        )
+        """setting: the one of the port."""
+        advice = f"Free it or set {setting}"
+        # Below 0 are the resolver's own numbers.
+        if cause.errno == errno.EADDRNOTAVAIL or (cause.errno or 0) < 0:
+            setting, advice = "HTTP_HOST", "Name an address of this machine"
+        super().__init__(f"{setting}: cannot listen on {address}: {cause.strerror or cause}. {advice}.")

@@ -111,6 +111,7 @@ def test_a_host_that_can_have_no_address_is_a_wrong_setting(command: str) -> Non
     assert (done.returncode, done.stdout) == (CONFIG, "")
     named = [line.removeprefix("retry-scheduler: bad setting: ") for line in done.stderr.splitlines()]
     assert sorted(line.split(":")[0] for line in named) == ["HTTP_HOST", "POSTGRES_HOST", "RABBITMQ_URL"]
+    assert all("is no host name: a part between two dots" in line for line in named)
 
 
 @pytest.mark.parametrize("command", ["run", "migrate"])
@@ -303,6 +304,24 @@ def test_a_port_that_is_taken_is_named_with_78(environment: Environment, setting
     assert done.returncode == CONFIG
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"retry-scheduler: {setting}: cannot listen on {LOOPBACK}:{number}")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_a_host_that_is_not_this_machine_is_named_with_78_instead_of_the_port(host: str) -> None:
+    http_port, metrics_port, nobody = (str(port) for port in free_ports(3))
+
+    done = call(
+        "run",
+        HTTP_HOST=host,
+        HTTP_PORT=http_port,
+        METRICS_PORT=metrics_port,
+        RABBITMQ_URL=f"amqp://{LOOPBACK}:{nobody}/",
+        POSTGRES_PORT=nobody,
+    )
+
+    assert done.returncode == CONFIG
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"retry-scheduler: HTTP_HOST: cannot listen on {host}:{http_port}")
 
 
 def test_secrets_may_come_from_files(environment: Environment, tmp_path: Path) -> None:

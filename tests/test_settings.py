@@ -123,6 +123,7 @@ def test_hosts_of_every_form_are_taken(host: str) -> None:
         "amqp://@host/",
         "amqp://user:hidden%E9@host/",
         "amqp://user:hidden%00@host/",
+        "amqp://user:hidden@host/%E9",
         f"amqp://user:hidden@host/{'v' * 256}",
     ],
 )
