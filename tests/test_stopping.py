@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from time import monotonic
 
 import pytest
@@ -77,12 +78,8 @@ async def test_stopping_gives_nothing_back_to_the_broker_that_it_would_take_for_
     upstream.ask_for_many(requests)
     for stored in (500, 1500, 2500):
         service = await start_service(RABBITMQ_PREFETCH="100")
-        await eventually(
-            lambda least=stored: table.value(
-                "SELECT count(*) >= $1 FROM retry_queue WHERE retry_count = 1", least
-            ),
-            within=timedelta(seconds=30),
-        )
+        enough = f"SELECT count(*) >= {stored} FROM retry_queue WHERE retry_count = 1"
+        await eventually(partial(table.value, enough), within=timedelta(seconds=30))
         await stop(service)
     assert upstream.depth(RETRY_QUEUE) > 0  # otherwise nothing was interrupted
     await start_service(RABBITMQ_PREFETCH="1000")
