@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from retry_scheduler.assembly import database_address
+from retry_scheduler.broker.permission import require_publishing
 from retry_scheduler.broker.topology import QueueShape, queue_shape, queue_states
 from retry_scheduler.database import SESSION, Database
 from retry_scheduler.errors import Unavailable, UnusableSchema
@@ -123,6 +124,7 @@ async def _check_broker(settings: Settings) -> AsyncIterator[Finding]:
             yield Finding("RabbitMQ", f"reachable; `run` will create {', '.join(missing)}")
         else:
             yield Finding("RabbitMQ", f"reachable, {' and '.join(queues)} exist")
+        await require_publishing(url, name=name)
         for queue in queues:
             if queue not in missing:
                 shape = await queue_shape(url, queue, name=name)

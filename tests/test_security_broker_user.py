@@ -11,6 +11,7 @@ import pytest
 
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.broker_users import broker_user, grant
+from tests.command import OK, UNAVAILABLE, call
 from tests.factories import make_request
 from tests.servers import random_name
 from tests.service_process import PROJECT, MakeService, StartService
@@ -69,6 +70,7 @@ async def test_the_documented_rights_are_enough_to_create_the_queues_and_do_all_
     await eventually(table.settled)
 
     assert service.health().status == 200
+    assert call("check", **service.environment).returncode == OK
     assert [event for event in service.log_events() if "ACCESS_REFUSED" in str(event)] == []
     assert await service.stop() == 0
 
@@ -114,12 +116,15 @@ async def test_no_right_can_be_spared_and_the_one_that_is_missing_is_named_until
         upstream.ask(make_request())
 
     await eventually(lambda: len(service.log_events(event)) >= 3, within=timedelta(seconds=20))
+    checked = call("check", **service.environment)
     (said,) = {entry["error"] for entry in service.log_events(event)}
     grant(rabbitmq, vhost, name, **documented_rights())
     await service.wait_until_ready()
     upstream.ask(make_request())
     await upstream.receive("orders", 2 if right == "write" else 1, within=timedelta(seconds=15))
 
+    if right == "write":  # the other two are needed for what `check` does not do
+        assert (checked.returncode, words in checked.stdout) == (UNAVAILABLE, True)
     assert said.startswith("403 ACCESS_REFUSED")
     assert words in said
     assert PASSWORD not in service.log_text()
