@@ -116,9 +116,12 @@ async def test_malformed_input_that_kills_the_process_goes_to_people_without_its
     malformed = [DEADLY_TO_CARRY.encode(), *(f"malformed {n}".encode() for n in range(20))]
     await deadly.start()
     upstream.ask_for_many(malformed)
-    await eventually(lambda: table.value("SELECT count(*) = $1 FROM retry_quarantine", len(malformed)))
 
-    await deadly.live_until(table.settled, at_most=WITHOUT_PAYLOAD_AFTER)
+    async def all_moved() -> bool:
+        moved = "SELECT count(*) FROM retry_quarantine WHERE delivered_at IS NOT NULL"
+        return bool(await table.value(moved) == len(malformed))
+
+    await deadly.live_until(all_moved, at_most=WITHOUT_PAYLOAD_AFTER)
     payloads = Counter(message.review["original_payload"] for message in upstream.take(REVIEW_QUEUE))
 
     assert payloads.keys() == {None} | {encoded(body) for body in malformed[1:]}
