@@ -5,6 +5,7 @@ a slow broker fills the hand, and claiming waits.
 """
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from retry_scheduler.messages import ClaimedRetry
 from retry_scheduler.publisher import travels_alone
@@ -15,11 +16,14 @@ MAX_OUTSTANDING = 512
 # RabbitMQ lets a channel hand 400 messages to a queue that does not answer; with one more it reads
 # nothing from that connection any more, and everybody waits for the queue that hangs.
 MAX_IN_HAND = 384
-# What waits for slow queues may fill the hand: so many more are for the other queues then.
+# What is held up may fill the hand: so many more are for the others then.
 MORE_IN_HAND = 64
+# What travels alone takes its time, one after the other, and must not fill the hand meanwhile.
+MAX_ALONE_IN_HAND = 16
 MAX_QUARANTINED_IN_HAND = MAX_OUTSTANDING - MAX_IN_HAND - MORE_IN_HAND
 
-# Half of what may be in hand, so that one batch is published while another is settled.
+# Half of what may be in hand, so that one batch is published while another is settled, and not less at a
+# time, since small batches cost more.
 CLAIM_ROWS = MAX_IN_HAND // 2
 CLAIM_BYTES = 16 * 1024 * 1024
 # Each byte in hand is in memory about three times while it is on its way to a broker that is slow. Large
@@ -33,6 +37,7 @@ class Hand:
     def __init__(self) -> None:
         self._claims: dict[int, int] = {}  # id -> claims
         self._bytes = {False: 0, True: 0}  # by whether the payload is large
+        self._alone = 0
 
     def __len__(self) -> int:
         return len(self._claims)
@@ -50,15 +55,20 @@ class Hand:
     def room(self, *, slow: int) -> int:
         """Return how many rows may be claimed now. slow: how many in hand wait for slow queues.
 
-        None if less than half a hand is free, in rows or in bytes, since small batches cost more. A few
-        more if slow queues fill the hand; whoever publishes holds what else is for those.
+        Half a hand, or nothing if that is not free, or too many bytes are in it. What is slow or travels
+        alone is left out of the account: the others share the rest of the hand, and a little more.
         """
         if self._bytes[False] > MAX_HELD_BYTES:
             return 0
-        room = MAX_IN_HAND - len(self._claims)
-        if room >= CLAIM_ROWS:
-            return CLAIM_ROWS
-        return max(room + MORE_IN_HAND, 0) if slow >= MAX_IN_HAND - CLAIM_ROWS else 0
+        held_up = slow + self._alone
+        places = MAX_IN_HAND + (MORE_IN_HAND if held_up else 0)
+        half = min(max((places - held_up) // 2, 0), CLAIM_ROWS)
+        return half if places - len(self._claims) >= half else 0
+
+    @property
+    def room_alone(self) -> int:
+        """How many more that travel alone may be kept."""
+        return max(MAX_ALONE_IN_HAND - self._alone, 0)
 
     def room_for_probes(self) -> int:
         """Return how many rows may be claimed to try a connection: one, then as many again as there are."""
@@ -71,6 +81,7 @@ class Hand:
         for task in tasks:
             self._claims[task.id] = task.claims
             self._bytes[is_large(task)] += task.payload_bytes
+            self._alone += travels_alone(task.claims_unsettled)
 
     def put_down(self, task: ClaimedRetry) -> None:
         """Note that a row is settled or given back. Once for each claim."""
@@ -78,6 +89,7 @@ class Hand:
         if self._claims.get(task.id) == task.claims:
             del self._claims[task.id]
         self._bytes[is_large(task)] -= task.payload_bytes
+        self._alone -= travels_alone(task.claims_unsettled)
 
 
 def is_large(task: ClaimedRetry) -> bool:
@@ -85,14 +97,22 @@ def is_large(task: ClaimedRetry) -> bool:
     return task.payload_bytes > LARGE_BYTES
 
 
-def batches(tasks: Sequence[ClaimedRetry]) -> list[list[ClaimedRetry]]:
-    """Part a claim into what travels together: each large payload alone, and what is suspected apart."""
-    usual, lonely, large = [], [], []
+class Parts(NamedTuple):
+    """A claim, parted. batches: what travels together; postponed: what there is no room for."""
+
+    batches: list[list[ClaimedRetry]]
+    postponed: list[ClaimedRetry]
+
+
+def parted(tasks: Sequence[ClaimedRetry], room_alone: int) -> Parts:
+    """Part a claim: each large payload by itself, and apart up to room_alone of what travels alone."""
+    usual, alone, large = [], [], []
     for task in tasks:
-        if is_large(task):
+        if travels_alone(task.claims_unsettled):
+            alone.append(task)
+        elif is_large(task):
             large.append([task])
-        elif travels_alone(task.claims_unsettled):
-            lonely.append(task)
         else:
             usual.append(task)
-    return [batch for batch in (usual, lonely, *large) if batch]
+    batches = [batch for batch in (usual, alone[:room_alone], *large) if batch]
+    return Parts(batches, alone[room_alone:])

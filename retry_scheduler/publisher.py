@@ -73,7 +73,7 @@ def retry_publication(task: ClaimedRetry) -> Publication:
 def review_publication(task: ClaimedRetry, reason: str, queue: str, *, with_payload: bool) -> Publication:
     """Return the message that tells people about an attempt that ends here.
 
-    reason: exhausted, unroutable, unpublishable or denied. with_payload: False if the broker would not
+    reason: exhausted, unroutable or unpublishable. with_payload: False if the broker would not
     take it; the payload stays in the table.
     """
     headers: dict[str, str | int] = {

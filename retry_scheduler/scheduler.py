@@ -8,10 +8,11 @@ claimed. How much may be on its way is for `hand` to say.
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from typing import Any
 from uuid import UUID
 
 import structlog
@@ -20,7 +21,7 @@ from retry_scheduler import failpoints
 from retry_scheduler.agenda import HORIZON_S, Agenda
 from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.errors import Unavailable
-from retry_scheduler.hand import CLAIM_BYTES, MAX_QUARANTINED_IN_HAND, Hand, batches, is_large
+from retry_scheduler.hand import CLAIM_BYTES, MAX_QUARANTINED_IN_HAND, Hand, is_large, parted
 from retry_scheduler.messages import ClaimedRetry
 from retry_scheduler.observability import logs
 from retry_scheduler.observability.metrics import Metrics
@@ -50,7 +51,7 @@ SEARCH_ALL_EVERY_S = 60.0
 PROBE_EVERY_S = 0.5
 
 # However short the poll interval is set: each beat is a transaction.
-SHORTEST_BEAT_S = 0.1
+SHORTEST_POLL_S = 0.1
 
 
 class Scheduler:
@@ -79,7 +80,7 @@ class Scheduler:
         self._presence = presence
         self._metrics = metrics
         self._name = name
-        self._poll_interval_s = poll_interval.total_seconds()
+        self._poll_interval_s = max(poll_interval.total_seconds(), SHORTEST_POLL_S)
         self._progress = progress
         self._hand = Hand()
         self._deliveries: set[asyncio.Task[None]] = set()
@@ -130,13 +131,12 @@ class Scheduler:
         tasks = await self._repository.claim_due(lease)
         if tasks:
             self._claimed_since_search = True
+            parts = parted(tasks, self._hand.room_alone)
             self._hand.take(tasks)
-            for batch in batches(tasks):
-                delivery = asyncio.create_task(
-                    self._deliver(batch, claimed_at_s, lease.owner), name="delivery"
-                )
-                self._deliveries.add(delivery)
-                delivery.add_done_callback(self._deliveries.discard)
+            if parts.postponed:
+                self._start(self._postpone(parts.postponed))
+            for batch in parts.batches:
+                self._start(self._deliver(batch, claimed_at_s, lease.owner))
         return bool(tasks) and tasks[0].more
 
     async def beat_once(self) -> None:
@@ -240,6 +240,19 @@ class Scheduler:
         finally:
             put_down(tasks)
 
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        delivery = asyncio.create_task(work, name="delivery")
+        self._deliveries.add(delivery)
+        delivery.add_done_callback(self._deliveries.discard)
+
+    async def _postpone(self, tasks: Sequence[ClaimedRetry]) -> None:
+        try:
+            await self._settler.postpone(tasks)
+        finally:
+            for task in tasks:
+                self._hand.put_down(task)
+            self._changed.set()
+
     async def _get_payloads(self, tasks: list[ClaimedRetry]) -> bool:
         """Get what was too large to come with the claim. Returns False if PostgreSQL does not deliver it."""
         for task in filter(is_large, tasks):
@@ -281,7 +294,7 @@ class Scheduler:
             except Unavailable as problem:
                 self._metrics.reconnecting(problem.server)
                 log.warning(logs.POSTGRES_FAILED, error=problem.problem)
-            period_s = min(BEAT_EVERY.total_seconds(), max(self._poll_interval_s, SHORTEST_BEAT_S))
+            period_s = min(BEAT_EVERY.total_seconds(), self._poll_interval_s)
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(began_s + period_s - time.monotonic(), period_s / 10)):
                     await settled.wait()
@@ -296,7 +309,7 @@ class Scheduler:
         """
         searched_all_at_s = float("-inf")
         while True:
-            await asyncio.sleep(max(self._poll_interval_s, SHORTEST_BEAT_S))
+            await asyncio.sleep(self._poll_interval_s)
             known = self._floor != LONG_AGO
             if not self._claimed_since_search and not known:
                 continue

@@ -57,6 +57,9 @@ _LOST = (Outcome.UNKNOWN, Outcome.OVERDUE, Outcome.SUSPECT, Outcome.UNSENDABLE)
 # do not come back together.
 UNKNOWN_DELAY = timedelta(seconds=1)
 
+# What has to travel alone goes one after the other, about ten a second.
+ALONE_DELAY = timedelta(seconds=1)
+
 # After a bug: seldom enough not to fill the log.
 FAILED_DELAY = timedelta(seconds=5)
 
@@ -128,6 +131,20 @@ class Settler:
     async def give_back(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back that were not published: they are due as before."""
         await self._give_back([_untouched(task) for task in tasks])
+
+    async def postpone(self, tasks: Sequence[ClaimedRetry]) -> None:
+        """Give attempts back that have to wait for their turn to travel alone."""
+        await self._give_back(
+            [
+                Release(
+                    task.id,
+                    task.claims,
+                    delay=ALONE_DELAY * (1 + random.random()),
+                    unsettled=task.claims_unsettled - 1,
+                )
+                for task in tasks
+            ]
+        )
 
     async def put_off(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back whose delivery failed in a way that nobody has foreseen."""

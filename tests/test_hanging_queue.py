@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from itertools import cycle
 
 import pytest
 
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from retry_scheduler.hand import CLAIM_ROWS
 from retry_scheduler.observability.logs import QUEUE_CONFIRMS, QUEUE_HANGS
 from tests.factories import make_request, new_id
 from tests.service_process import ServiceProcess, StartService
@@ -16,6 +18,8 @@ from tests.upstream import Load, Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
+
+A_CONFIRM_IS_OVERDUE_WITHIN = timedelta(seconds=20)
 
 # A confirm is overdue after ten seconds, and a row that is held is looked at again after seconds.
 EACH_IS_LOOKED_AT_AGAIN_WITHIN = timedelta(seconds=90)
@@ -87,6 +91,41 @@ async def test_a_queue_that_confirms_nothing_delays_no_other_and_gets_each_messa
     assert service.metrics().value("retry_reconnects_total") == 0
     assert [event["queue"] for event in service.log_events(QUEUE_HANGS)] == ["hanging"]
     assert [event["queue"] for event in service.log_events(QUEUE_CONFIRMS)] == ["hanging"]
+
+
+async def test_a_queue_that_confirms_nothing_and_gets_more_and_more_keeps_no_other_waiting(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> None:
+    """So many come within the ten seconds until a confirm is overdue that they would fill the hand."""
+    service = await start_service(RABBITMQ_PREFETCH="100")
+    upstream.declare("orders", "hanging")
+    queues: dict[str, str] = {}
+
+    def by_turns() -> Iterator[tuple[str, bytes]]:
+        for queue in cycle(("orders", "hanging", "hanging", "hanging")):
+            message_id = new_id()
+            queues[message_id] = queue
+            yield message_id, make_request(message_id=message_id, original_queue=queue)
+
+    with suspended(rabbitmq, vhost, "hanging"):
+        with Load(upstream, by_turns(), per_second=150) as load:
+            await eventually(
+                lambda: service.metrics().value("retry_publications_unknown_total") > 0,
+                within=A_CONFIRM_IS_OVERDUE_WITHIN,
+            )
+        orders = [message_id for message_id in load.accepted if queues[message_id] == "orders"]
+        await eventually(lambda: executed(service) == len(orders))
+        slowest = await table.value(
+            "SELECT max(finished_at - next_retry_at) FROM retry_queue WHERE original_queue = 'orders'"
+        )
+    await eventually(table.settled, within=HELD_NO_LONGER_THAN)
+
+    assert len(load.accepted) - len(orders) > CLAIM_ROWS
+    assert slowest < THE_PROMISE
+    hanging = set(load.accepted) - set(orders)
+    assert Counter(message.message_id for message in upstream.take("orders")) == dict.fromkeys(orders, 1)
+    assert Counter(message.message_id for message in upstream.take("hanging")) == dict.fromkeys(hanging, 1)
+    assert service.metrics().value("retry_reconnects_total") == 0
 
 
 def executed(service: ServiceProcess) -> float:

@@ -3,13 +3,17 @@
 from datetime import timedelta
 
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from tests.broker_users import broker_user, grant
 from tests.factories import PAYLOAD, encoded, make_request, new_id
+from tests.servers import random_name
 from tests.service_process import ServiceProcess, StartService
 from tests.table import Table
-from tests.upstream import REVIEW_QUEUE, Upstream
+from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE, Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
+
+ALL_RIGHTS = {"configure": ".*", "write": ".*", "read": ".*"}
 
 
 def failed_publications(service: ServiceProcess, queue: str) -> float:
@@ -214,3 +218,36 @@ async def test_queues_that_exist_with_other_arguments_are_used_as_they_are(
 
     assert service.metrics().value("retry_reconnects_total") == 0
     assert "3600000" in rabbitmq.ctl("list_queues", "-p", vhost, "name", "arguments")
+
+
+async def test_while_we_may_not_publish_no_row_is_blamed_or_counted_as_unknown_and_then_each_arrives_once(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> None:
+    name = random_name()
+    upstream.declare(RETRY_QUEUE, REVIEW_QUEUE, "orders")
+    with broker_user(rabbitmq, vhost, name, "secret", **ALL_RIGHTS):
+        service = await start_service(
+            RABBITMQ_URL=f"amqp://{name}:secret@{rabbitmq.host}:{rabbitmq.port}/{vhost}"
+        )
+        grant(rabbitmq, vhost, name, **(ALL_RIGHTS | {"write": "^$"}))
+        rabbitmq.ctl("close_all_connections", "--vhost", vhost, "maintenance")
+        ids = [new_id() for _ in range(5)]
+        upstream.ask(*[make_request(message_id=message_id) for message_id in ids])
+        await eventually(
+            lambda: len(service.log_events("Failed to connect to RabbitMQ")) >= 4,
+            within=timedelta(seconds=20),
+        )
+
+        rows = await table.fetch("SELECT status, publish_failures, last_error FROM retry_queue")
+        metrics = service.metrics()
+        grant(rabbitmq, vhost, name, **ALL_RIGHTS)
+        messages = await upstream.receive("orders", 5)
+        await eventually(table.settled)
+
+    # Certainly not delivered, and no message's fault.
+    assert {row["status"] for row in rows} == {"pending"}
+    assert {row["publish_failures"] for row in rows} == {0}
+    assert {row["last_error"] for row in rows} == {None}
+    assert metrics.value("retry_publications_unknown_total") == 0
+    # And it heals, each message once.
+    assert sorted(message.message_id for message in messages) == sorted(ids)

@@ -38,12 +38,14 @@ LAST_BACKOFF_S = 3.0
 # property it refuses), frame error, syntax error, unexpected frame, internal error (the channel's
 # process died on it). Others tell of the broker's or an operator's doings.
 _CONTENT_FAULTS = (406, 501, 502, 505, 541)
+_ACCESS_REFUSED = 403
 
 
 class Connection:
     """One open connection with one open channel. Made by `connect`; of no use once `closed` is done.
 
     closed: done with the reason. closed_over_content: the broker ended it over something that was sent.
+    closed_over_rights: it ended it because our user may not do what was asked.
     """
 
     def __init__(self, raw: WireConnection, channel: Any) -> None:
@@ -52,7 +54,7 @@ class Connection:
         self.channel = channel
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.on_blocked: Callable[[bool], None] = lambda blocked: None
-        self.closed_over_content = False
+        self.closed_over_content = self.closed_over_rights = False
         self._gone = asyncio.Event()
         self._trip: asyncio.Task[Any] | None = None
         raw.add_on_close_callback(lambda _, reason: self._note_gone(reason))
@@ -127,7 +129,9 @@ class Connection:
 
     def _note_closed(self, reason: object) -> None:
         if not self.closed.done():
-            self.closed_over_content = getattr(reason, "reply_code", None) in _CONTENT_FAULTS
+            code = getattr(reason, "reply_code", None)
+            self.closed_over_content = code in _CONTENT_FAULTS
+            self.closed_over_rights = code == _ACCESS_REFUSED
             self.closed.set_result(describe(reason))
 
 

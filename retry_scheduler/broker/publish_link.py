@@ -42,8 +42,8 @@ LARGE_BYTES = 1024 * 1024
 SLOWEST_BYTES_PER_S = 2 * 1024 * 1024
 
 # After so long, the broker is asked whether it answers at all. If so, the queue is slow.
-SLOW_AFTER_S = 2.0
-ASK_EVERY_S = 1.0
+SLOW_AFTER_S = 1.0
+ASK_EVERY_S = 0.5
 
 # How long outcomes may wait for the rest of their batch.
 WAVE_S = 0.1
@@ -273,10 +273,19 @@ class PublishLink:
             raise Unavailable(SERVER, await asyncio.shield(connection.closed))
         finally:
             self._connection = None
+            ledger.close(self._fate_of_outstanding(connection, ledger))
             self._blocked = self._proven = False
             self.changed.set()
-            ledger.close(Outcome.SUSPECT if connection.closed_over_content else Outcome.UNKNOWN)
             await connection.close()
+
+    def _fate_of_outstanding(self, connection: Connection, ledger: ConfirmLedger) -> Outcome:
+        if connection.closed_over_content:
+            return Outcome.SUSPECT
+        # We may not publish. Of several messages some may have been taken before the right was withdrawn;
+        # the only one that this connection has ever sent is certainly the one that was refused.
+        if connection.closed_over_rights and not self._proven and len(ledger) == 1:
+            return Outcome.NOT_SENT
+        return Outcome.UNKNOWN
 
     def _note_blocked(self, blocked: bool) -> None:
         self._blocked = blocked
