@@ -225,9 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseExceptionGroup as group:
         import structlog
 
+        from retry_scheduler.observability import events
         from retry_scheduler.observability.logs import flush_logs
 
-        structlog.get_logger().critical("Service failed", exc_info=group)
+        structlog.get_logger().critical(events.SERVICE_FAILED, exc_info=group)
         flush_logs()
         return EX_SOFTWARE
 

@@ -31,7 +31,7 @@ from retry_scheduler.broker.intake_link import Delivery, IntakeLink
 from retry_scheduler.broker.properties import text_headers
 from retry_scheduler.errors import DataRefused, MalformedRequest, Unavailable
 from retry_scheduler.messages import RetryRequest, parse_request, storable_text
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events, logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.outage import OutageBackoff
 from retry_scheduler.repository import Attempt, Malformed, Repository, Stored
@@ -122,7 +122,7 @@ class Consumer:
             except MalformedRequest as problem:
                 malformed.append(_malformed(delivery, problem))
             except Exception:  # a bug of ours in reading must not stop the other messages
-                log.exception("Cannot read a request", body_bytes=len(delivery.body))
+                log.exception(events.UNREADABLE, body_bytes=len(delivery.body))
                 malformed.append(
                     _malformed(delivery, MalformedRequest("body", "cannot be read (see the log)"))
                 )
@@ -151,7 +151,7 @@ class Consumer:
             try:
                 return await self.run_once(batch, again=again)
             except Unavailable as problem:
-                log.error(logs.SAVE_FAILED, messages=len(batch), error=str(problem))
+                log.error(events.SAVE_FAILED, messages=len(batch), error=str(problem))
             again = True
             await self._outage.wait()
 
@@ -242,7 +242,7 @@ class Consumer:
                 candidate.delivery.done = True
                 self._metrics.duplicate("ignored")
                 log.info(
-                    logs.DUPLICATE_IGNORED,
+                    events.DUPLICATE_IGNORED,
                     **_fields(candidate.request),
                     status=state.status,
                     redelivered=candidate.delivery.redelivered,
@@ -265,7 +265,7 @@ class Consumer:
         for queue, count in queues.items():
             self._metrics.scheduled(queue, count)
         logs.info_lines(
-            logs.RETRY_SCHEDULED,
+            events.RETRY_SCHEDULED,
             (
                 _fields(first[attempt].request) | {"next_retry_at": entry.next_retry_at.isoformat()}
                 for attempt, entry in stored.items()
@@ -278,7 +278,9 @@ class Consumer:
         for field in await self._repository.quarantine(malformed):
             self._metrics.quarantined(field)
         for item in malformed:
-            log.warning(logs.QUARANTINED, field=item.field, reason=item.reason, body_bytes=len(item.raw_body))
+            log.warning(
+                events.QUARANTINED, field=item.field, reason=item.reason, body_bytes=len(item.raw_body)
+            )
         self._on_malformed()
 
 

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
-from retry_scheduler.observability import logs
 from retry_scheduler.settings import SECRETS, Settings, load_settings
 from tests.contract import OPERATIONS, TROUBLES
 from tests.factories import encoded, make_request
@@ -22,6 +21,7 @@ from tests.promql import metrics
 from tests.service_process import ServiceProcess, StartService
 from tests.table import Table
 from tests.upstream import Upstream
+from tests.vocabulary import SENTENCES
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
@@ -236,12 +236,11 @@ def test_each_link_into_the_page_leads_somewhere_and_each_alert_has_its_place() 
 
 
 def test_each_sentence_of_the_log_that_is_named_exists() -> None:
-    constants = {value for name, value in vars(logs).items() if name.isupper() and isinstance(value, str)}
     table = RUNBOOK[RUNBOOK.index("| sentence | means |") :].split("\n\n")[0]
     named = set(re.findall(r"`([A-Z][a-z][^`]+)`", table))
 
     assert len(named) >= 10
-    assert [text for text in named if not any(constant.startswith(text) for constant in constants)] == []
+    assert [text for text in named if not any(constant.startswith(text) for constant in SENTENCES)] == []
     assert {*OPERATIONS, *TROUBLES} <= named
 
 

@@ -1,7 +1,6 @@
 """The log: one JSON object a line on standard output, one fixed sentence for each event.
 
-The sentences below are a contract: operators search for them (runbook, "Log Analysis"). Values go
-into fields, never into the sentence. No payload and no secret is ever handed to a logger.
+The sentences are in `events`. No payload and no secret is ever handed to a logger.
 
 Lines are written together, once for each turn of the event loop, by a thread of their own: a
 reader that stops reading must not stop retries. If it stays away, the oldest waiting lines are
@@ -22,28 +21,6 @@ from typing import Any
 
 import msgspec
 import structlog
-
-RETRY_SCHEDULED = "Retry scheduled"
-RETRY_EXECUTED = "Retry executed successfully"
-RETRY_NOT_DELIVERED = "Retry not delivered - will be tried again"
-RETRY_UNKNOWN = "Retry outcome unknown - will be sent again under the same x-retry-id"
-RETRY_SUSPECT = "Retry may have closed the channel - will be sent again alone"
-RETRY_OVERTAKEN = "Retry settled by another instance"
-EXHAUSTED = "Max retries exceeded - moved to manual review"
-UNDELIVERABLE = "Retry undeliverable - moved to manual review"
-DUPLICATE_IGNORED = "Duplicate request ignored"
-QUARANTINED = "Malformed request quarantined"
-QUARANTINE_DELIVERED = "Malformed request moved to manual review"
-SAVE_FAILED = "Failed to save retry task"
-QUARANTINE_CLAIM_FAILED = "Failed to get quarantined messages"
-CLAIM_FAILED = "Failed to get due retry tasks"
-SETTLE_FAILED = "Failed to settle retry tasks"
-CONSUMER_FAILED = "Failed to start RabbitMQ consumer"
-RABBITMQ_FAILED = "Failed to connect to RabbitMQ"
-QUEUE_HANGS = "Queue does not confirm - its retries are held back"
-QUEUE_CONFIRMS = "Queue confirms again"
-INSTANCE_BURIED = "An instance has stopped beating - its claimed retries are taken over"
-POSTGRES_FAILED = "PostgreSQL health check failed"
 
 # At most this many lines wait for a reader that has stopped reading: about 20 MB.
 _MAX_WAITING = 50_000
