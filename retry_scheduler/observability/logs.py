@@ -220,11 +220,15 @@ class _StandardHandler(logging.Handler):
 
 
 def _bounded(value: Any, most: int) -> Any:
-    """Return numbers as they are, lists item by item, and of anything else at most `most` characters."""
+    """Return numbers as they are, lists item by item, and of anything else at most `most` characters.
+
+    What was cut says so at its end.
+    """
     if value is None or isinstance(value, int | float):
         return value
     if isinstance(value, list | tuple):
-        return [_bounded(item, most) for item in value[:_MAX_ITEMS]]
+        shown = [_bounded(item, most) for item in value[:_MAX_ITEMS]]
+        return shown if len(value) <= _MAX_ITEMS else [*shown, f"... {len(value) - _MAX_ITEMS} more"]
     text = value if isinstance(value, str) else str(value)
     return text if len(text) <= most else text[:most] + "..."
 
