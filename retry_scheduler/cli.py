@@ -193,7 +193,7 @@ def archive(
 def demo(
     *,
     keep: Annotated[
-        bool, cyclopts.Parameter(help="Stay up afterwards; print URLs and a command to try.")
+        bool, cyclopts.Parameter(negative="", help="Stay up afterwards; print URLs and a command to try.")
     ] = False,
 ) -> int:
     """Show the whole system at work, on a private PostgreSQL and a private RabbitMQ."""

@@ -12,9 +12,8 @@ from structlog.testing import capture_logs
 
 from retry_scheduler import archive
 from retry_scheduler.archive import archive_daily, archive_finished
-from retry_scheduler.database import Database, DatabaseAddress
+from retry_scheduler.database import Database
 from retry_scheduler.observability import events
-from retry_scheduler.schema import migrate
 from retry_scheduler.service import Service
 from retry_scheduler.settings import load_settings
 from tests import servers
@@ -44,17 +43,6 @@ WITH made AS (
 )
 INSERT INTO retry_payload SELECT id, decode(repeat('00', $3), 'hex') FROM made
 """
-
-
-@pytest.fixture
-async def opened(database: servers.Database) -> Database:
-    """The test's database with its tables."""
-    address = DatabaseAddress(
-        database.host, database.port, database.name, database.user, database.password, tls=False
-    )
-    where = Database(address, pool_min=0, pool_max=1)
-    await migrate(where)
-    return where
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 
 import retry_scheduler
 from retry_scheduler.observability import events
+from tests.documents import RUNBOOK
 from tests.vocabulary import SENTENCES
 
 PRODUCT = Path(retry_scheduler.__file__).parent
@@ -18,20 +19,24 @@ SOURCES = {path: path.read_text() for path in sorted(PRODUCT.rglob("*.py"))}
 LOG_CALLS = {"debug", "info", "warning", "error", "critical", "exception", "fatal", "msg", "info_lines"}
 
 
+def log_calls(source: str) -> Iterator[tuple[str, ast.expr]]:
+    """Method and sentence of every log call; more than once if the sentence depends on something."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Attribute(attr=method), args=[sentence, *_]) if method in LOG_CALLS:
+                for expression in choices(sentence):
+                    yield method, expression
+
+
 def sentences(source: str) -> Iterator[ast.expr]:
     """Every expression that a log call may take its sentence from."""
-    tree = ast.parse(source)
     variables = set()
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not node.args:
-            continue
-        if node.func.attr in LOG_CALLS:
-            for expression in choices(node.args[0]):
-                if isinstance(expression, ast.Name):
-                    variables.add(expression.id)
-                else:
-                    yield expression
-    for node in ast.walk(tree):
+    for _, expression in log_calls(source):
+        if isinstance(expression, ast.Name):
+            variables.add(expression.id)
+        else:
+            yield expression
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(isinstance(target, ast.Name) and target.id in variables for target in targets):
@@ -89,6 +94,23 @@ def test_every_log_call_names_its_sentence() -> None:
     ]
 
     assert texts == []
+
+
+def test_the_runbook_tells_at_which_level_each_sentence_is_said() -> None:
+    """As far as the call itself names the sentence; tests/test_logs.py sees some of the others."""
+    levels: dict[str, set[str]] = {}
+    for source in SOURCES.values():
+        for method, expression in log_calls(source):
+            if isinstance(expression, ast.Attribute):
+                level = {"exception": "ERROR", "info_lines": "INFO"}.get(method, method.upper())
+                levels.setdefault(getattr(events, expression.attr), set()).add(level)
+    told = {
+        sentence.strip("`"): set(level.split(", "))
+        for sentence, level, *_ in RUNBOOK.table("sentence", "level", "means", "what to do")
+    }
+
+    assert len(levels) >= 30
+    assert {sentence: told.get(sentence) for sentence in levels} == levels
 
 
 def test_every_sentence_is_said_and_none_twice() -> None:

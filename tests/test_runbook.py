@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import pytest
 
-from retry_scheduler.database import Database, DatabaseAddress
-from retry_scheduler.schema import migrate
 from retry_scheduler.settings import Settings
 from tests.contract import METRICS, OPERATIONS, SETTINGS, TROUBLES
 from tests.factories import make_request, new_id
@@ -63,11 +61,9 @@ def setting_names() -> set[str]:
 
 
 @pytest.fixture
-async def migrated(table: Table) -> Table:
-    """A database with its tables and a row in each state, some older than the 30 days of the clean-up."""
-    where = table.database
-    address = DatabaseAddress(where.host, where.port, where.name, where.user, where.password, tls=False)
-    await migrate(Database(address, pool_min=0, pool_max=1))
+async def migrated(migrated: Table) -> Table:
+    """The tables, and a row in each state, some older than the 30 days of the clean-up."""
+    table = migrated
     for status in ("pending", "retried", "failed", "discarded"):
         for age in ("1 hour", "31 days"):
             await table.fetch(
