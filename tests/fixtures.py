@@ -8,9 +8,11 @@ import pytest
 
 from retry_scheduler.database import Database as OurDatabase
 from retry_scheduler.database import DatabaseAddress
+from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from retry_scheduler.schema import migrate
 from tests.command import settings_for
 from tests.factories import PAYLOAD, encoded
+from tests.scene import Scene
 from tests.servers import Database
 from tests.service_process import MakeService, ServiceProcess, StartService, complaints_about_log
 from tests.table import Table
@@ -91,6 +93,14 @@ async def opened(database: Database) -> OurDatabase:
 def migrated(opened: OurDatabase, table: Table) -> Table:
     """This test's database with its tables."""
     return table
+
+
+@pytest.fixture
+def scene(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> Scene:
+    """Everything for a service under load behind a proxy."""
+    return Scene(start_service, upstream, table, rabbitmq, vhost)
 
 
 @pytest.hookimpl(wrapper=True)
