@@ -187,7 +187,7 @@ class Proxy:
             for start in range(0, len(data), self._slice_bytes):
                 piece = data[start : start + self._slice_bytes]
                 if self._latency_s:
-                    await asyncio.sleep(self._latency_s)
+                    await asyncio.sleep(self._latency_s)  # noqa: TID251  the fault
                 await self._way_is_free(connection, way)
                 left = self._left_bytes.get(way, len(piece))
                 await self._loop.sock_sendall(target, piece[:left])
@@ -197,7 +197,7 @@ class Proxy:
                 if way in self._left_bytes:
                     self._left_bytes[way] -= len(piece)
                 if self._bytes_per_s:
-                    await asyncio.sleep(len(piece) / self._bytes_per_s)
+                    await asyncio.sleep(len(piece) / self._bytes_per_s)  # noqa: TID251  the fault
         await self._way_is_free(connection, way)
         target.shutdown(socket.SHUT_WR)
 

@@ -255,7 +255,7 @@ async def longest_wait_s(table: Table, over: asyncio.Event) -> float:
                 " FROM pg_locks WHERE NOT granted"
             )
             longest = max(longest, waited)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # noqa: TID251  how often it looks
     finally:
         await connection.close()
     return longest

@@ -294,7 +294,7 @@ async def test_connections_that_break_while_postgresql_is_away_do_not_fill_the_m
             tries = to_rabbitmq.accepted
             to_rabbitmq.reset()
             await eventually(lambda: to_rabbitmq.accepted >= tries + 2)  # noqa: B023
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(0.7)  # noqa: TID251  in which nothing of it must come again
         after = service.rss_bytes
         health = service.health()
         to_postgres.heal()

@@ -172,7 +172,7 @@ async def test_resets_of_every_connection_again_and_again_leave_nothing_behind(
             link.reset()
         for _ in range(25):  # also before it is connected again
             link.reset()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # noqa: TID251  the rhythm is the fault
         link.refuse()
         await eventually(lambda: service.health().status == 503)
         refused, refused_at = watch.complaints().total(), monotonic()

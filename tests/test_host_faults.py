@@ -40,7 +40,7 @@ async def crowd(service: ServiceProcess, ports: tuple[int, ...], seconds: float)
             caller.setblocking(False)
             caller.connect_ex((LOOPBACK, port))
             callers.append(caller)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # noqa: TID251  how often the crowd comes
     for caller in callers:
         caller.close()
 
