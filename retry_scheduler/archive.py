@@ -15,6 +15,7 @@ import structlog
 
 from retry_scheduler.database import CALL_TIMEOUT_S, SESSION, Database
 from retry_scheduler.errors import RetrySchedulerError
+from retry_scheduler.observability import events
 from retry_scheduler.sql import query
 
 log = structlog.get_logger()
@@ -35,9 +36,6 @@ SHORTEST_PAUSE_S = 0.01
 FIRST_AFTER = timedelta(seconds=5)
 EVERY = timedelta(days=1)
 AFTER_FAILURE = timedelta(minutes=10)
-
-ARCHIVED = "Finished retries archived"
-ARCHIVE_FAILED = "Failed to archive finished retries"
 
 _BEFORE_ALL = -(2**63)
 
@@ -100,12 +98,12 @@ async def archive_daily(
         pause = EVERY
         try:
             archived = await archive_finished(database, retention, stop)
-            log.info(ARCHIVED, rows=archived.rows, took_s=round(archived.took.total_seconds(), 3))
+            log.info(events.ARCHIVED, rows=archived.rows, took_s=round(archived.took.total_seconds(), 3))
         except RetrySchedulerError as problem:
-            log.warning(ARCHIVE_FAILED, error=str(problem))
+            log.warning(events.ARCHIVE_FAILED, error=str(problem))
             pause = AFTER_FAILURE
         except Exception:  # a bug of ours must not keep retries from being made
-            log.exception(ARCHIVE_FAILED)
+            log.exception(events.ARCHIVE_FAILED)
             pause = AFTER_FAILURE
         await _wait(stop, pause.total_seconds())
 

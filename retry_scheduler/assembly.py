@@ -16,7 +16,7 @@ from retry_scheduler.consumer import Consumer
 from retry_scheduler.database import Database, DatabaseAddress
 from retry_scheduler.errors import Unavailable
 from retry_scheduler.health import Health
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events, logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.pause import Pause
 from retry_scheduler.presence import Presence
@@ -103,13 +103,13 @@ def assemble(settings: Settings, stop: asyncio.Event, tracing: "Tracing | None" 
         queues=queues,
         prefetch=settings.rabbitmq_prefetch,
         name=f"{settings.service_name} consumer {name}",
-        on_problem=report(logs.CONSUMER_FAILED),
+        on_problem=report(events.CONSUMER_FAILED),
     )
     link = PublishLink(
         broker_url(settings),
         queues=queues,
         name=f"{settings.service_name} publisher {name}",
-        on_problem=report(logs.RABBITMQ_FAILED),
+        on_problem=report(events.RABBITMQ_FAILED),
     )
     policy = BackoffPolicy(
         base=timedelta(milliseconds=settings.base_delay_ms),

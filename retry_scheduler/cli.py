@@ -194,7 +194,7 @@ def archive(
 def demo(
     *,
     keep: Annotated[
-        bool, cyclopts.Parameter(help="Stay up afterwards; print URLs and a command to try.")
+        bool, cyclopts.Parameter(negative="", help="Stay up afterwards; print URLs and a command to try.")
     ] = False,
 ) -> int:
     """Show the whole system at work, on a private PostgreSQL and a private RabbitMQ."""
@@ -235,12 +235,13 @@ def _report_bug(error: BaseException) -> None:
     """
     import structlog
 
+    from retry_scheduler.observability import events
     from retry_scheduler.observability.logs import flush_logs, set_up_logs
 
     if not structlog.is_configured():
         errors = FileIO(sys.stderr.fileno(), "w", closefd=False)
         set_up_logs("CRITICAL", service="retry-scheduler", stream=errors)
-    structlog.get_logger().critical("Service failed", exc_info=error)
+    structlog.get_logger().critical(events.SERVICE_FAILED, exc_info=error)
     flush_logs()
 
 

@@ -35,7 +35,7 @@ from retry_scheduler.broker.intake_link import Delivery, IntakeLink
 from retry_scheduler.broker.properties import text_headers
 from retry_scheduler.errors import DataRefused, MalformedRequest, Unavailable
 from retry_scheduler.messages import RetryRequest, parse_request, storable_text
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events, logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.outage import OutageBackoff
 from retry_scheduler.repository import Attempt, Malformed, Repository, Stored
@@ -126,7 +126,7 @@ class Consumer:
             except MalformedRequest as problem:
                 malformed.append(_malformed(delivery, problem))
             except Exception:  # a bug of ours in reading must not stop the other messages
-                log.exception("Cannot read a request", body_bytes=len(delivery.body))
+                log.exception(events.UNREADABLE, body_bytes=len(delivery.body))
                 malformed.append(
                     _malformed(delivery, MalformedRequest("body", "cannot be read (see the log)"))
                 )
@@ -155,7 +155,7 @@ class Consumer:
             try:
                 return await self.run_once(batch, again=again)
             except Unavailable as problem:
-                log.error(logs.SAVE_FAILED, messages=len(batch), error=str(problem))
+                log.error(events.SAVE_FAILED, messages=len(batch), error=str(problem))
             again = True
             await self._outage.wait()
 
@@ -253,7 +253,7 @@ class Consumer:
                 candidate.delivery.done = True
                 self._metrics.duplicate("ignored")
                 log.info(
-                    logs.DUPLICATE_IGNORED,
+                    events.DUPLICATE_IGNORED,
                     **_fields(candidate.request),
                     status=state.status,
                     redelivered=candidate.delivery.redelivered,
@@ -276,7 +276,7 @@ class Consumer:
         for queue, count in queues.items():
             self._metrics.scheduled(queue, count)
         logs.info_lines(
-            logs.RETRY_SCHEDULED,
+            events.RETRY_SCHEDULED,
             (
                 _fields(first[attempt].request) | {"next_retry_at": entry.next_retry_at.isoformat()}
                 for attempt, entry in stored.items()
@@ -291,12 +291,12 @@ class Consumer:
             if item.intake_id in kept:
                 self._metrics.quarantined(item.field)
                 log.warning(
-                    logs.QUARANTINED, field=item.field, reason=item.reason, body_bytes=len(item.raw_body)
+                    events.QUARANTINED, field=item.field, reason=item.reason, body_bytes=len(item.raw_body)
                 )
             else:  # the broker has delivered again what is there already, byte by byte
                 self._metrics.duplicate("ignored")
                 log.info(
-                    logs.DUPLICATE_IGNORED,
+                    events.DUPLICATE_IGNORED,
                     field=item.field,
                     body_bytes=len(item.raw_body),
                     status="quarantined",

@@ -13,6 +13,7 @@ from contextlib import suppress
 import structlog
 
 from retry_scheduler.errors import Unavailable
+from retry_scheduler.observability import events
 from retry_scheduler.repository import DueFigures, Repository
 
 log = structlog.get_logger()
@@ -23,10 +24,6 @@ LOOKING_SHARE = 0.05
 LOG_EVERY_S = 60.0
 # Counting a restored table that is not in memory may take longer than a statement may.
 COUNT_UP_TO = (1_000_000, 10_000)
-
-PAUSED = "Service paused - nothing is claimed"
-RELEASED = "Service released - claiming begins"
-NOT_PAUSED = "Release ignored: the service is not paused"
 
 HOW = "SIGUSR1 releases it, or a restart without START_PAUSED"
 
@@ -50,10 +47,10 @@ class Pause:
     def release(self) -> None:
         """Let claiming begin; harmless when repeated."""
         if self._released.is_set():
-            log.info(NOT_PAUSED)
+            log.info(events.NOT_PAUSED)
             return
         self._released.set()
-        log.warning(RELEASED)
+        log.warning(events.RELEASED)
         self._on_release()
 
     def reason(self) -> str:
@@ -90,7 +87,7 @@ class Pause:
                 now_s = time.monotonic()
                 log_again = logged_at_s is None or now_s - logged_at_s >= LOG_EVERY_S
                 if log_again and not self._released.is_set():
-                    log.warning(PAUSED, **(self.shown() or {}), release=HOW)
+                    log.warning(events.PAUSED, **(self.shown() or {}), release=HOW)
                     logged_at_s = now_s
                 pause_s = max(LOOK_EVERY_S, (now_s - began_s) / LOOKING_SHARE)
                 await asyncio.wait((stopping, released), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)

@@ -15,6 +15,7 @@ from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.properties import encode_properties
 from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
 from retry_scheduler.messages import ERROR_REASON_MAX_BYTES, ClaimedQuarantine, ClaimedRetry, storable_text
+from retry_scheduler.observability import events
 
 # RabbitMQ 4 takes messages of up to 16 MiB unless told otherwise, and base64 adds a third. A
 # well-formed request has passed this limit already; malformed input has not been encoded before.
@@ -248,7 +249,7 @@ def _built(build: Build, place: int) -> Publication | None:
     except ValueError:
         return None
     except Exception:  # a bug of ours in building one message must not stop the others
-        log.exception("Cannot build a message")
+        log.exception(events.UNBUILDABLE)
         return None
 
 

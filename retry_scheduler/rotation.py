@@ -8,12 +8,10 @@ from collections.abc import Callable
 import structlog
 
 from retry_scheduler.errors import BadSettings
+from retry_scheduler.observability import events
 from retry_scheduler.settings import SECRETS, Settings
 
 log = structlog.get_logger()
-
-SECRETS_RELOADED = "Secrets reloaded - connections made from now on use them"
-SECRETS_KEPT = "Secrets not reloaded - those from before stay in use"
 
 
 def with_fresh_secrets(settings: Settings, load: Callable[[], Settings]) -> Settings:
@@ -30,10 +28,10 @@ def with_fresh_secrets(settings: Settings, load: Callable[[], Settings]) -> Sett
                 # Perhaps seen between emptying the file and writing it.
                 raise BadSettings((f"{name.upper()}: is empty, and was not before",))
     except BadSettings as mistake:
-        log.error(SECRETS_KEPT, problems=mistake.problems)
+        log.error(events.SECRETS_KEPT, problems=mistake.problems)
         return settings
     changed = {
         name: getattr(fresh, name) for name in names if getattr(fresh, name) != getattr(settings, name)
     }
-    log.info(SECRETS_RELOADED, changed=[name.upper() for name in changed])
+    log.info(events.SECRETS_RELOADED, changed=[name.upper() for name in changed])
     return settings.model_copy(update=changed)

@@ -23,7 +23,7 @@ from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.errors import Unavailable
 from retry_scheduler.hand import CLAIM_BYTES, MAX_QUARANTINED_IN_HAND, Hand, is_large, parted
 from retry_scheduler.messages import ClaimedRetry
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.outage import OutageBackoff
 from retry_scheduler.presence import BEAT_EVERY, Presence
@@ -165,7 +165,7 @@ class Scheduler:
         if still:
             failpoints.reach("before_burial")
             for name in await self._repository.bury_instances(still):
-                log.warning(logs.INSTANCE_BURIED, instance=name)
+                log.warning(events.INSTANCE_BURIED, instance=name)
             self._agenda.expect((0.0,))
             self._quarantined.set()
 
@@ -181,7 +181,7 @@ class Scheduler:
                     if stop.is_set() or not await self.run_once():
                         break
             except Unavailable as problem:
-                log.error(logs.CLAIM_FAILED, error=problem.problem)
+                log.error(events.CLAIM_FAILED, error=problem.problem)
                 await outage.wait()
                 self._agenda.expect((0.0,))  # what was due is due still
 
@@ -235,7 +235,7 @@ class Scheduler:
             else:
                 await self._settler.give_back(tasks)
         except Exception:  # a bug of ours: whatever was published is published once more, later
-            log.exception("Failed to deliver a batch", rows=len(tasks))
+            log.exception(events.BATCH_FAILED, rows=len(tasks))
             await self._settler.put_off(tasks)
         finally:
             put_down(tasks)
@@ -259,7 +259,7 @@ class Scheduler:
             try:
                 task.payload = await self._repository.payload(task)
             except Unavailable as problem:
-                log.error(logs.CLAIM_FAILED, error=problem.problem, payload_bytes=task.payload_bytes)
+                log.error(events.CLAIM_FAILED, error=problem.problem, payload_bytes=task.payload_bytes)
                 return False
         return True
 
@@ -280,9 +280,9 @@ class Scheduler:
                     if still_ours():  # otherwise whoever claims next finds them
                         await self._settler.deliver_quarantined(kept, still_ours=still_ours)
             except Unavailable as problem:  # a later beat will see that something waits
-                log.error(logs.QUARANTINE_CLAIM_FAILED, error=problem.problem)
+                log.error(events.QUARANTINE_CLAIM_FAILED, error=problem.problem)
             except Exception:  # a bug of ours: the next claim takes these rows again, after a pause
-                log.exception(logs.QUARANTINE_CLAIM_FAILED)
+                log.exception(events.QUARANTINE_CLAIM_FAILED)
                 await failures.wait()
 
     async def _beat_until(self, settled: asyncio.Event) -> None:
@@ -293,7 +293,7 @@ class Scheduler:
                 await self.beat_once()
             except Unavailable as problem:
                 self._metrics.reconnecting(problem.server)
-                log.warning(logs.POSTGRES_FAILED, error=problem.problem)
+                log.warning(events.POSTGRES_FAILED, error=problem.problem)
             period_s = min(BEAT_EVERY.total_seconds(), self._poll_interval_s)
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(began_s + period_s - time.monotonic(), period_s / 10)):
@@ -321,7 +321,7 @@ class Scheduler:
             try:
                 floor = await self._repository.search_floor(self._floor if from_floor else LONG_AGO)
             except Unavailable as problem:  # the floor that is known holds until the next search
-                log.error(logs.CLAIM_FAILED, error=problem.problem)
+                log.error(events.CLAIM_FAILED, error=problem.problem)
                 continue
             slow = time.monotonic() - began_s > SLOW_SEARCH_S
             self._floor = floor if slow or from_floor else LONG_AGO

@@ -19,7 +19,7 @@ from retry_scheduler.assembly import assemble
 from retry_scheduler.errors import Unavailable
 from retry_scheduler.hand import MAX_OUTSTANDING
 from retry_scheduler.http_api import build_app, build_server, listen
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events
 from retry_scheduler.observability.live import LiveFigures
 from retry_scheduler.observability.metrics_server import serve_metrics
 from retry_scheduler.rotation import with_fresh_secrets
@@ -103,7 +103,7 @@ class Service:
             )
             serving = self._start_part("pages", pages.serve(sockets=[socket]))
             supervising = self._start_part("supervision", self._supervisor.run(self._stop))
-            log.info("Service starting", instance=parts.name, most_duplicates_if_killed=MAX_OUTSTANDING)
+            log.info(events.STARTING, instance=parts.name, most_duplicates_if_killed=MAX_OUTSTANDING)
             try:
                 await self._work()
             finally:
@@ -117,7 +117,7 @@ class Service:
                 await asyncio.to_thread(metrics_server.shutdown)
                 metrics_server.server_close()
                 await parts.database.close()
-                log.info("Service stopped")
+                log.info(events.STOPPED)
         if self._deaths:
             raise ExceptionGroup("a part of the service died", self._deaths)
 
@@ -150,9 +150,9 @@ class Service:
 
     def _note_death(self, name: str, error: Exception) -> None:
         if self._stop.is_set():  # too late to harm anybody: the work was finished, or will be
-            log.error("A part of the service failed while stopping", part=name, exc_info=error)
+            log.error(events.PART_FAILED_LATE, part=name, exc_info=error)
             return
-        log.critical("A part of the service died - stopping", part=name, error=repr(error))
+        log.critical(events.PART_DIED, part=name, error=repr(error))
         self._deaths.append(error)
         self._stop.set()
 
@@ -163,12 +163,10 @@ class Service:
         loops = asyncio.create_task(self._consume_and_schedule(), name="loops")
         await asyncio.wait((loops, stopping), return_when=asyncio.FIRST_COMPLETED)
         if not loops.done():
-            log.info("Service stopping")
+            log.info(events.STOPPING)
             await asyncio.wait((loops,), timeout=STOP_WITHIN_S)
         if not loops.done():
-            log.warning(
-                "Stopping without settling everything: a server does not answer; the rest will be taken over"
-            )
+            log.warning(events.UNSETTLED)
             loops.cancel()
             await asyncio.gather(loops, return_exceptions=True)
             return
@@ -190,12 +188,12 @@ class Service:
         while True:
             try:
                 for migration in await migrate(self._parts.database):
-                    log.info("Database migrated", migration=migration.name)
+                    log.info(events.MIGRATED, migration=migration.name)
                 await self._parts.database.open()
                 return
             except Unavailable as problem:
                 self._parts.metrics.reconnecting(problem.server)
-                log.warning(logs.POSTGRES_FAILED, error=problem.problem)
+                log.warning(events.POSTGRES_FAILED, error=problem.problem)
             await asyncio.sleep(START_PAUSE_S)
 
 

@@ -29,7 +29,7 @@ from retry_scheduler.backoff import BackoffPolicy, delay_before_republish
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events, logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.outage import OutageBackoff
 from retry_scheduler.publisher import (
@@ -176,7 +176,7 @@ class Settler:
                 failpoints.reach("after_quarantine_settle")
                 for item in delivered:
                     if item.id in settled:
-                        log.info(logs.QUARANTINE_DELIVERED, **_fields(item))
+                        log.info(events.QUARANTINE_DELIVERED, **_fields(item))
                     else:
                         self._note_overtaken(item)
             if others:
@@ -247,7 +247,7 @@ class Settler:
             if failures >= self._max_publish_failures:
                 delay = timedelta(0)  # the next stop is manual review: waiting helps nobody
         log.warning(
-            logs.RETRY_NOT_DELIVERED,
+            events.RETRY_NOT_DELIVERED,
             **_fields(task),
             outcome=outcome.value,
             review_reason=reason,
@@ -260,11 +260,11 @@ class Settler:
     ) -> tuple[str, timedelta, int]:
         """Return what to log, how long to wait, and what remains of the evidence against the row."""
         if outcome is Outcome.OVERDUE:
-            return logs.RETRY_UNKNOWN, self._publisher.hold(task, reason), 0
+            return events.RETRY_UNKNOWN, self._publisher.hold(task, reason), 0
         if outcome is Outcome.UNKNOWN:
             suspected = task.claims_unsettled - 1 if travels_alone(task.claims_unsettled) else 0
-            return logs.RETRY_UNKNOWN, UNKNOWN_DELAY, suspected
-        return logs.RETRY_SUSPECT, UNKNOWN_DELAY, max(task.claims_unsettled, ALONE_AFTER)
+            return events.RETRY_UNKNOWN, UNKNOWN_DELAY, suspected
+        return events.RETRY_SUSPECT, UNKNOWN_DELAY, max(task.claims_unsettled, ALONE_AFTER)
 
     def _report(
         self, confirmed: Sequence[tuple[ClaimedRetry, str | None]], settled: set[int], since_claim_s: float
@@ -281,15 +281,15 @@ class Settler:
                 lines.append(_fields(task) | {"late_ms": round(late_s * 1000, 1)})
             else:
                 self._metrics.reviewed(task.original_queue, reason)
-                event = logs.EXHAUSTED if reason == "exhausted" else logs.UNDELIVERABLE
+                event = events.EXHAUSTED if reason == "exhausted" else events.UNDELIVERABLE
                 log.warning(event, **_fields(task), review_reason=reason)
-        logs.info_lines(logs.RETRY_EXECUTED, lines)
+        logs.info_lines(events.RETRY_EXECUTED, lines)
         for queue, count in executed.items():
             self._metrics.executed(queue, success=True, count=count)
 
     def _note_overtaken(self, task: ClaimedRetry | ClaimedQuarantine) -> None:
         self._metrics.overtaken()
-        log.warning(logs.RETRY_OVERTAKEN, **_fields(task))
+        log.warning(events.RETRY_OVERTAKEN, **_fields(task))
 
     def _trace(
         self,
@@ -325,14 +325,14 @@ class Settler:
             try:
                 return await call()
             except Unavailable as problem:
-                log.error(logs.SETTLE_FAILED, error=problem.problem)
+                log.error(events.SETTLE_FAILED, error=problem.problem)
             await self._outage.wait()
 
     async def _restore_queues(self) -> None:
         try:
             await self._publisher.restore_queues()
         except Unavailable as problem:  # tried again with the next message that is returned
-            log.warning(logs.RABBITMQ_FAILED, purpose="create queues", error=problem.problem)
+            log.warning(events.RABBITMQ_FAILED, purpose="create queues", error=problem.problem)
 
 
 def _untouched(task: ClaimedRetry | ClaimedQuarantine) -> Release:

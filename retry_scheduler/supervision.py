@@ -22,6 +22,8 @@ from typing import Self
 
 import structlog
 
+from retry_scheduler.observability import events
+
 log = structlog.get_logger()
 
 # However little there is to do.
@@ -81,7 +83,7 @@ class ServiceManager:
                 sender.setblocking(False)
                 sender.sendto("\n".join(assignments).encode(), address)
         except OSError as error:
-            log.warning("Cannot tell the service manager", told=assignments, error=error.strerror)
+            log.warning(events.MANAGER_DEAF, told=assignments, error=error.strerror)
 
 
 class Supervisor:
@@ -116,7 +118,7 @@ class Supervisor:
             self._manager.tell(f"STATUS={status}")
         standing = self._progress.standing()
         if standing and standing != self._standing:
-            log.critical("A loop stands still - the service manager should restart us", loops=standing)
+            log.critical(events.LOOP_STANDS, loops=standing)
         self._standing = standing
         if not standing and self._manager.watchdog_s is not None:
             self._ping_if_due()

@@ -124,7 +124,7 @@ class BootedSystemd:
             ):
                 assert self._process.poll() is None, f"it ended: {self.console()}"
                 assert time.monotonic() < deadline_s, f"it does not come up: {self.console()}"
-                time.sleep(0.2)
+                time.sleep(0.2)  # noqa: TID251  each look starts a process
         except BaseException:
             self._end()
             raise
@@ -184,7 +184,7 @@ class BootedSystemd:
                 try:
                     path.rmdir()
                 except OSError:  # the last processes are still on their way out
-                    time.sleep(0.1)
+                    time.sleep(0.1)  # noqa: TID251  fifty looks at most, then it is given up
             if not self._cgroup.exists():
                 break
         shutil.rmtree(self._folder)

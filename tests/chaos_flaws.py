@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from chaos.history import Arrival, Event, InstanceEvent, Quarantined
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events
 from tests.chaos_histories import (
     AGAIN,
     ALARM,
@@ -111,7 +111,7 @@ FLAWS = {
     "I4 a duplicate said to be unknown, without a fault": (
         counted(
             with_delivery(
-                DELIVERY, AGAIN, events=[*GOOD.events, Event(12.0, PID, logs.RETRY_UNKNOWN, RETRY_ID)]
+                DELIVERY, AGAIN, events=[*GOOD.events, Event(12.0, PID, events.RETRY_UNKNOWN, RETRY_ID)]
             ),
             retry_publications_unknown_total=1,
         ),
@@ -140,7 +140,7 @@ FLAWS = {
                 DELIVERY,
                 AGAIN,
                 replace(AGAIN, at=15.0),
-                events=[*GOOD.events, Event(12.0, PID, logs.RETRY_UNKNOWN, RETRY_ID)],
+                events=[*GOOD.events, Event(12.0, PID, events.RETRY_UNKNOWN, RETRY_ID)],
                 faults=[BROKER_FAULT],
             ),
             retry_publications_unknown_total=1,
@@ -150,7 +150,7 @@ FLAWS = {
     "I4 two instances that claim the same, each overtaken by the other": (
         counted(
             with_delivery(
-                DELIVERY, AGAIN, events=[*GOOD.events, Event(14.5, PID, logs.RETRY_OVERTAKEN, RETRY_ID)]
+                DELIVERY, AGAIN, events=[*GOOD.events, Event(14.5, PID, events.RETRY_OVERTAKEN, RETRY_ID)]
             ),
             retry_stale_completions_total=1,
         ),
@@ -163,7 +163,7 @@ FLAWS = {
                 replace(DELIVERY, at=18.1),
                 instance_events=FREEZE,
                 faults=[FROZEN],
-                events=[*GOOD.events, Event(18.2, PID, logs.RETRY_OVERTAKEN, RETRY_ID)],
+                events=[*GOOD.events, Event(18.2, PID, events.RETRY_OVERTAKEN, RETRY_ID)],
             ),
             retry_stale_completions_total=1,
         ),

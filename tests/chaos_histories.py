@@ -14,7 +14,7 @@ from chaos.history import (
     Row,
     Sample,
 )
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events
 from tests.factories import new_id
 
 ID, GONE, ODD = new_id(), new_id(), "5e" * 32
@@ -24,8 +24,8 @@ REQUEST = Enqueue("valid", 10.0, "body", ID, 0, 3, "orders", "payload")
 DELIVERY = Arrival(10.6, f"{ID}:0", "orders", "payload", message_id=ID, retry_count=1)
 ROW = Row(ID, 0, 3, "retried", created_at=10.1, finished_at=10.7)
 RETRY_ID = f"{ID}:0"
-SCHEDULED = Event(10.2, PID, logs.RETRY_SCHEDULED, RETRY_ID)
-EXECUTED = Event(10.8, PID, logs.RETRY_EXECUTED, RETRY_ID)
+SCHEDULED = Event(10.2, PID, events.RETRY_SCHEDULED, RETRY_ID)
+EXECUTED = Event(10.8, PID, events.RETRY_EXECUTED, RETRY_ID)
 GONE_RETRY_ID = f"{GONE}:3"
 
 GOOD = History(
@@ -43,8 +43,8 @@ GOOD = History(
     events=[
         SCHEDULED,
         EXECUTED,
-        Event(10.2, PID, logs.RETRY_SCHEDULED, GONE_RETRY_ID),
-        Event(10.5, PID, logs.EXHAUSTED, GONE_RETRY_ID),
+        Event(10.2, PID, events.RETRY_SCHEDULED, GONE_RETRY_ID),
+        Event(10.5, PID, events.EXHAUSTED, GONE_RETRY_ID),
     ],
     rows=[ROW, Row(GONE, 3, 3, "failed", 10.1, 10.4, "exhausted")],
     quarantined=[Quarantined(1, ODD, delivered=True)],
@@ -82,7 +82,7 @@ FREEZE = [
     InstanceEvent(18.0, "thaw", "instance-1", PID),
 ]
 AGAIN = replace(DELIVERY, at=14.0)
-UNKNOWN = Event(12.0, PID, logs.RETRY_UNKNOWN, RETRY_ID)
+UNKNOWN = Event(12.0, PID, events.RETRY_UNKNOWN, RETRY_ID)
 LATER = Arrival(30.0, f"{ID}:0", "orders", "payload", message_id=ID, retry_count=1)
 
 
@@ -98,7 +98,7 @@ def with_delivery(*deliveries: Arrival, **changes: object) -> History:
 
 ROWS = GOOD.rows
 LATE = [SCHEDULED, replace(EXECUTED, late_ms=5500.0), *GOOD.events[2:]]
-TO_PEOPLE = [SCHEDULED, Event(10.8, PID, logs.UNDELIVERABLE, RETRY_ID), *GOOD.events[2:]]
+TO_PEOPLE = [SCHEDULED, Event(10.8, PID, events.UNDELIVERABLE, RETRY_ID), *GOOD.events[2:]]
 
 
 def reviewed(reason: str, **changes: object) -> History:
@@ -123,32 +123,34 @@ def unknown(fault: Fault, *more: Fault) -> History:
     )
 
 
-def explained(events: Sequence[Event] = (), **changes: object) -> History:
-    return with_delivery(DELIVERY, AGAIN, events=[*GOOD.events, *events], **changes)
+def explained(more: Sequence[Event] = (), **changes: object) -> History:
+    return with_delivery(DELIVERY, AGAIN, events=[*GOOD.events, *more], **changes)
 
 
 EXPLAINED = {
     "the broker's redelivery": with_delivery(DELIVERY, replace(AGAIN, redelivered=True)),
     "unknown while the broker was away": counted(
-        explained([Event(12.0, PID, logs.RETRY_UNKNOWN, RETRY_ID)], faults=[BROKER_FAULT]),
+        explained([Event(12.0, PID, events.RETRY_UNKNOWN, RETRY_ID)], faults=[BROKER_FAULT]),
         retry_publications_unknown_total=1,
     ),
     "unknown while its own link was broken": unknown(LINK_FAULT),
     "unknown after a freeze of its own": counted(
-        explained([Event(18.2, PID, logs.RETRY_UNKNOWN, RETRY_ID)], faults=[FROZEN], instance_events=FREEZE),
+        explained(
+            [Event(18.2, PID, events.RETRY_UNKNOWN, RETRY_ID)], faults=[FROZEN], instance_events=FREEZE
+        ),
         retry_publications_unknown_total=1,
     ),
     "published and then frozen": counted(
         explained(
-            [Event(18.2, PID, logs.RETRY_OVERTAKEN, RETRY_ID)], faults=[FROZEN], instance_events=FREEZE
+            [Event(18.2, PID, events.RETRY_OVERTAKEN, RETRY_ID)], faults=[FROZEN], instance_events=FREEZE
         ),
         retry_stale_completions_total=1,
     ),
     "published and then buried by another": counted(
         explained(
             [
-                Event(14.0, OTHER_PID, logs.INSTANCE_BURIED, instance=f"host:{PID}"),
-                Event(14.2, PID, logs.RETRY_OVERTAKEN, RETRY_ID),
+                Event(14.0, OTHER_PID, events.INSTANCE_BURIED, instance=f"host:{PID}"),
+                Event(14.2, PID, events.RETRY_OVERTAKEN, RETRY_ID),
             ]
         ),
         retry_stale_completions_total=1,

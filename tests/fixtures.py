@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 
+from retry_scheduler.database import Database as OurDatabase
+from retry_scheduler.database import DatabaseAddress
+from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
+from retry_scheduler.schema import migrate
 from tests.command import settings_for
 from tests.factories import PAYLOAD, encoded
+from tests.scene import Scene
 from tests.servers import Database
 from tests.service_process import MakeService, ServiceProcess, StartService, complaints_about_log
 from tests.table import Table
@@ -71,6 +76,31 @@ def upstream(broker_url: str) -> Upstream:
 def table(database: Database) -> Table:
     """This test's database; it has no tables until the service has started."""
     return Table(database)
+
+
+@pytest.fixture
+async def opened(database: Database) -> OurDatabase:
+    """This test's database with its tables, as the service's own code reaches it."""
+    address = DatabaseAddress(
+        database.host, database.port, database.name, database.user, database.password, tls=False
+    )
+    where = OurDatabase(address, pool_min=0, pool_max=1)
+    await migrate(where)
+    return where
+
+
+@pytest.fixture
+def migrated(opened: OurDatabase, table: Table) -> Table:
+    """This test's database with its tables."""
+    return table
+
+
+@pytest.fixture
+def scene(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> Scene:
+    """Everything for a service under load behind a proxy."""
+    return Scene(start_service, upstream, table, rabbitmq, vhost)
 
 
 @pytest.hookimpl(wrapper=True)

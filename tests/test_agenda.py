@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from retry_scheduler import agenda as agenda_module
 from retry_scheduler.agenda import GRAIN_S, HORIZON_S, Agenda
-from tests.virtual_time import run_in_virtual_time
+from tests.virtual_time import pass_time, run_in_virtual_time
 
 # Floating point: times of some thousand seconds in steps of a millionth.
 SMALL_S = 1e-6
@@ -44,14 +44,14 @@ async def observe(history: list[tuple[float, list[float]]], longest_s: float) ->
         while True:
             is_due = await agenda.wait(longest_s)
             (seen.woken_at_s if is_due else seen.idle_at_s).append(loop.time())
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # noqa: TID251  lets others run, and waits for nothing
 
     sleeping = asyncio.create_task(sleeper())
     for pause_s, due_in_s in history:
-        await asyncio.sleep(pause_s)
+        await pass_time(pause_s)
         agenda.expect(due_in_s)
         seen.due_at_s += [loop.time() + max(seconds, 0.0) for seconds in due_in_s]
-    await asyncio.sleep(HORIZON_S + 1)
+    await pass_time(HORIZON_S + 1)
     sleeping.cancel()
     await asyncio.gather(sleeping, return_exceptions=True)
     return seen
@@ -123,7 +123,7 @@ def test_memory_is_bounded_while_nobody_waits_and_what_was_expected_still_wakes_
         agenda = Agenda()
         for _ in range(3600):  # an hour of a blocked broker, with requests coming in
             agenda.expect(n * GRAIN_S for n in range(500))
-            await asyncio.sleep(1)
+            await pass_time(1)
         return len(agenda._times), await agenda.wait(longest_s=0)
 
     kept, is_due = run_in_virtual_time(expect(), agenda_module)

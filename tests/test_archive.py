@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 
 from retry_scheduler import archive
 from retry_scheduler.archive import archive_daily, archive_finished
-from retry_scheduler.database import Database, DatabaseAddress
-from retry_scheduler.schema import migrate
+from retry_scheduler.database import Database
+from retry_scheduler.observability import events
 from retry_scheduler.service import Service
 from retry_scheduler.settings import load_settings
 from tests import servers
@@ -43,17 +43,6 @@ WITH made AS (
 )
 INSERT INTO retry_payload SELECT id, decode(repeat('00', $3), 'hex') FROM made
 """
-
-
-@pytest.fixture
-async def opened(database: servers.Database) -> Database:
-    """The test's database with its tables."""
-    address = DatabaseAddress(
-        database.host, database.port, database.name, database.user, database.password, tls=False
-    )
-    where = Database(address, pool_min=0, pool_max=1)
-    await migrate(where)
-    return where
 
 
 @pytest.fixture
@@ -206,17 +195,17 @@ async def test_a_run_that_fails_is_logged_and_tried_again(
     await fill(table, 10)
     await table.fetch("ALTER TABLE retry_queue_archive RENAME TO elsewhere")
     stop = asyncio.Event()
-    with capture_logs() as events:
+    with capture_logs() as logged:
         running = asyncio.create_task(archive_daily(opened, RETENTION, stop, first_after=timedelta(0)))
-        await eventually(lambda: [e for e in events if e["event"] == archive.ARCHIVE_FAILED])
+        await eventually(lambda: [e for e in logged if e["event"] == events.ARCHIVE_FAILED])
         await table.fetch("ALTER TABLE elsewhere RENAME TO retry_queue_archive")
-        done = await eventually(lambda: [e for e in events if e["event"] == archive.ARCHIVED])
+        done = await eventually(lambda: [e for e in logged if e["event"] == events.ARCHIVED])
         stop.set()
         async with asyncio.timeout(5):
             await running
 
     assert [event["rows"] for event in done] == [10]
-    assert {event["log_level"] for event in events if event["event"] == archive.ARCHIVE_FAILED} == {"warning"}
+    assert {event["log_level"] for event in logged if event["event"] == events.ARCHIVE_FAILED} == {"warning"}
 
 
 async def test_a_running_service_archives_by_itself_and_nothing_beside_it_waits_is_lost_or_sent_twice(
@@ -235,7 +224,7 @@ async def test_a_running_service_archives_by_itself_and_nothing_beside_it_waits_
         )
         by_hand = await asyncio.to_thread(call, "archive", **settings)  # beside the one that is under way
         await eventually(
-            lambda: service.log_events(archive.ARCHIVED),
+            lambda: service.log_events(events.ARCHIVED),
             within=timedelta(seconds=30),
             every=timedelta(milliseconds=200),
         )
@@ -245,7 +234,7 @@ async def test_a_running_service_archives_by_itself_and_nothing_beside_it_waits_
         await eventually(table.settled)
         await eventually(lambda: len(received) >= len(load.accepted))
 
-    (event,) = service.log_events(archive.ARCHIVED)
+    (event,) = service.log_events(events.ARCHIVED)
     assert (by_hand.returncode, by_hand.stderr) == (OK, "")
     assert by_hand.stdout.startswith("archived ")
     assert event["rows"] + int(by_hand.stdout.split()[1].replace(",", "")) == 20_000
@@ -266,7 +255,7 @@ async def longest_wait_s(table: Table, over: asyncio.Event) -> float:
                 " FROM pg_locks WHERE NOT granted"
             )
             longest = max(longest, waited)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # noqa: TID251  how often it looks
     finally:
         await connection.close()
     return longest

@@ -16,29 +16,19 @@ from chaos.proxy import proxies
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.contract import HEALED_WITHIN_S
 from tests.factories import make_request, new_id
+from tests.scene import Scene
 from tests.service_process import MakeService, StartService
 from tests.table import Table
-from tests.under_load import (
-    Watch,
-    accounts,
-    first_retry_s,
-    flowing,
-    requests,
-    through,
-)
-from tests.upstream import RETRY_QUEUE, Load, Upstream
+from tests.under_load import INTAKE_LOST, Report, Watch, first_retry_s, through
+from tests.upstream import RETRY_QUEUE, Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
-
-Report = Callable[[str, object], None]
 
 HEALED_WITHIN = timedelta(seconds=HEALED_WITHIN_S)
 
 # To tell pauses that grow from a loop that runs hot.
 LONG_ENOUGH_S = 4
-
-INTAKE_LOST = "Failed to start RabbitMQ consumer"
 
 
 @dataclass(frozen=True)
@@ -220,22 +210,14 @@ async def test_a_retry_queue_that_a_stranger_keeps_to_himself_is_waited_for(
 
 
 async def test_a_quorum_retry_queue_with_a_delivery_limit_loses_nothing_when_connections_break(
-    start_service: StartService,
-    upstream: Upstream,
-    table: Table,
-    rabbitmq: PrivateRabbitMQ,
-    vhost: str,
+    scene: Scene,
 ) -> None:
-    upstream.declare("orders")
-    upstream.declare(RETRY_QUEUE, x_queue_type="quorum", x_delivery_limit=20)
-    with proxies(rabbitmq.port) as (link,):
-        service = await start_service(RABBITMQ_URL=through(link, vhost), RABBITMQ_PREFETCH="100")
-        with Load(upstream, requests(), per_second=200) as load:
-            for _ in range(5):
-                await flowing(service, count=40)
-                link.reset()
-            await flowing(service, count=40)
-            await accounts(load, upstream, table, [service])
+    scene.upstream.declare(RETRY_QUEUE, x_queue_type="quorum", x_delivery_limit=20)
+    async with scene.under_load(behind="RabbitMQ") as flow:
+        for _ in range(5):
+            flow.link.reset()
+            await flow.goes_on(count=40)
+        await flow.accounts()
 
 
 @contextmanager
@@ -254,35 +236,26 @@ def short_consumer_timeout(rabbitmq: PrivateRabbitMQ, seconds: int) -> Iterator[
 
 @pytest.mark.timeout(120)
 async def test_postgresql_away_for_longer_than_the_broker_waits_for_an_acknowledgement_is_no_requeue_loop(
-    start_service: StartService,
-    upstream: Upstream,
-    table: Table,
-    rabbitmq: PrivateRabbitMQ,
-    record_property: Report,
+    scene: Scene, record_property: Report
 ) -> None:
-    upstream.declare("orders", RETRY_QUEUE)
-    with proxies(table.database.port) as (link,), short_consumer_timeout(rabbitmq, 4):
-        service = await start_service(RABBITMQ_PREFETCH="100", POSTGRES_PORT=str(link.port))
-        with Load(upstream, requests(), per_second=100) as load:
-            await flowing(service)
-            watch = Watch(service)
-            link.refuse()
+    with short_consumer_timeout(scene.rabbitmq, 4):
+        async with scene.under_load(behind="PostgreSQL", per_second=100) as flow:
+            watch = Watch(flow.service)
+            flow.link.refuse()
             # The broker takes its messages back. Asked for again, they would come and go every 4 s.
             await eventually(
                 lambda: watch.complaints()[INTAKE_LOST],
                 within=timedelta(seconds=20),
                 every=timedelta(milliseconds=200),
             )
-            timed_out_s = watch.lasted_s
-            await eventually(lambda: watch.lasted_s > timed_out_s + 10, within=timedelta(seconds=15))
-            watch.assert_calm()
+            await watch.stays_calm_until(watch.lasted_s + 10)
             said, lost = watch.said(), watch.complaints()[INTAKE_LOST]
-            health = service.health()
-            link.heal()
+            health = flow.service.health()
+            flow.link.heal()
             healed_at = time()
-            recovered_s = await first_retry_s(table, healed_at)
-            await flowing(service)
-            await accounts(load, upstream, table, [service], exactly_once=True)
+            recovered_s = await flow.first_retry_s(healed_at)
+            await flow.goes_on()
+            await flow.accounts(exactly_once=True)
 
     record_property("first_retry_after_return_s", recovered_s)
     assert "acknowledgement" in said and "timed out" in said
@@ -309,19 +282,19 @@ async def test_connections_that_break_while_postgresql_is_away_do_not_fill_the_m
             POSTGRES_PORT=str(to_postgres.port),
         )
         to_postgres.refuse()
+        idle = service.rss_bytes
         ids = [new_id() for _ in range(200)]
         payload = "A" * 100_000
         upstream.ask_for_many(
             [make_request(message_id=message_id, original_payload=payload) for message_id in ids]
         )
-        await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
-        await asyncio.sleep(1)
+        await eventually(lambda: service.rss_bytes > idle + 0.9 * len(ids) * len(payload))
         before = service.rss_bytes
         for _ in range(12):
             tries = to_rabbitmq.accepted
             to_rabbitmq.reset()
             await eventually(lambda: to_rabbitmq.accepted >= tries + 2)  # noqa: B023
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(0.7)  # noqa: TID251  in which nothing of it must come again
         after = service.rss_bytes
         health = service.health()
         to_postgres.heal()

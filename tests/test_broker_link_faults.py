@@ -5,7 +5,6 @@ Each fault is provoked under load, and costs no message, no hot loop, and no mor
 
 import asyncio
 import random
-from collections.abc import Callable
 from datetime import timedelta
 from time import time
 
@@ -14,9 +13,13 @@ import pytest
 from chaos.proxy import Way, proxies
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S, MOST_DUPLICATES
+from tests.scene import Scene
 from tests.service_process import StartService
 from tests.table import Table
 from tests.under_load import (
+    INTAKE_LOST,
+    PUBLISHER_LOST,
+    Report,
     Watch,
     accounts,
     copies,
@@ -32,16 +35,11 @@ from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
 
-Report = Callable[[str, object], None]
-
 # Heartbeats every 10 s: a silent peer is found after three at the latest.
 SILENCE_FOUND_WITHIN = timedelta(seconds=33)
 
 # To tell pauses that grow from a loop that runs hot.
 LONG_ENOUGH_S = 4
-
-INTAKE_LOST = "Failed to start RabbitMQ consumer"
-PUBLISHER_LOST = "Failed to connect to RabbitMQ"
 
 
 async def both_links_lost(watch: Watch) -> None:
@@ -141,30 +139,19 @@ async def test_links_that_fall_silent_one_way_or_both_are_found_out_and_given_up
 
 @pytest.mark.timeout(120)
 async def test_connections_cut_in_the_middle_of_a_frame_lose_nothing_and_damage_nothing(
-    start_service: StartService,
-    upstream: Upstream,
-    table: Table,
-    rabbitmq: PrivateRabbitMQ,
-    vhost: str,
-    record_property: Report,
+    scene: Scene, record_property: Report
 ) -> None:
-    upstream.declare("orders", RETRY_QUEUE)
     dice = random.Random()
     cuts = [(dice.randrange(1, 20_000), dice.choice(list(Way))) for _ in range(20)]
-    with (
-        proxies(rabbitmq.port) as (link,),
-        Load(upstream, requests(payload_bytes=3000), per_second=200) as load,
-    ):
-        service = await start_service(RABBITMQ_URL=through(link, vhost), RABBITMQ_PREFETCH="100")
-        await flowing(service)
-        watch, before = Watch(service), open_files(service)
+    async with scene.under_load(behind="RabbitMQ", payload_bytes=3000) as flow:
+        watch, before = Watch(flow.service), open_files(flow.service)
         for count, way in cuts:
-            link.cut_after(count, way)
-            await eventually(lambda: link.has_cut)
-            await flowing(service, count=10)
+            flow.link.cut_after(count, way)
+            await eventually(lambda: flow.link.has_cut)
+            await flow.goes_on(count=10)
         seconds = watch.lasted_s
-        messages = await accounts(load, upstream, table, [service], payload_bytes=3000)
-        after = open_files(service)
+        messages = await flow.accounts()
+        after = open_files(flow.service)
 
     record_property("cuts_in_s", round(seconds, 1))
     record_property("duplicates", copies(messages))
@@ -192,7 +179,7 @@ async def test_resets_of_every_connection_again_and_again_leave_nothing_behind(
             link.reset()
         for _ in range(25):  # also before it is connected again
             link.reset()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # noqa: TID251  the rhythm is the fault
         link.refuse()
         refusal = Watch(service)
         await eventually(lambda: service.health().status == 503)

@@ -9,7 +9,7 @@ from chaos.checker import check, holds
 from chaos.history import Event, History, InstanceEvent, Row
 from chaos.safety import MOST_OUTSTANDING
 from retry_scheduler.hand import MAX_OUTSTANDING
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events
 from tests.chaos_flaws import FLAWS
 from tests.chaos_histories import (
     AGAIN,
@@ -37,13 +37,14 @@ def test_a_history_without_a_fault_and_without_a_flaw_holds() -> None:
 
 
 def test_the_checker_knows_the_sentences_and_the_bound_of_the_service() -> None:
-    assert duplicates.UNKNOWN == (logs.RETRY_UNKNOWN, logs.RETRY_SUSPECT)
-    assert duplicates.OVERTAKEN == logs.RETRY_OVERTAKEN
-    assert duplicates.BURIED == logs.INSTANCE_BURIED
-    assert duplicates.MALFORMED_MOVED == logs.QUARANTINE_DELIVERED
-    assert conduct.SCHEDULED == logs.RETRY_SCHEDULED
-    assert conduct.NOT_DELIVERED == logs.RETRY_NOT_DELIVERED
-    assert conduct.ENDS == (logs.RETRY_EXECUTED, logs.EXHAUSTED, logs.UNDELIVERABLE)
+    assert duplicates.UNKNOWN == (events.RETRY_UNKNOWN, events.RETRY_SUSPECT)
+    assert duplicates.OVERTAKEN == events.RETRY_OVERTAKEN
+    assert duplicates.BURIED == events.INSTANCE_BURIED
+    assert duplicates.UNSETTLED == events.UNSETTLED
+    assert duplicates.MALFORMED_MOVED == events.QUARANTINE_DELIVERED
+    assert conduct.SCHEDULED == events.RETRY_SCHEDULED
+    assert conduct.NOT_DELIVERED == events.RETRY_NOT_DELIVERED
+    assert conduct.ENDS == (events.RETRY_EXECUTED, events.EXHAUSTED, events.UNDELIVERABLE)
     assert MOST_OUTSTANDING == MOST_DUPLICATES == MAX_OUTSTANDING
 
 
@@ -67,7 +68,7 @@ def test_what_is_late_or_in_manual_review_for_a_reason_is_no_violation(reason: s
 
 
 def test_more_duplicates_than_the_contract_allows_are_a_violation_whatever_explains_them() -> None:
-    unknown = [Event(12.0, PID, logs.RETRY_UNKNOWN, RETRY_ID)] * 600
+    unknown = [Event(12.0, PID, events.RETRY_UNKNOWN, RETRY_ID)] * 600
     many = [replace(AGAIN, at=14 + number / 1000) for number in range(600)]
 
     history = with_delivery(
@@ -96,8 +97,8 @@ def test_a_repeated_request_may_become_the_next_attempt() -> None:
         rows=[*ROWS, Row(ID, 1, 3, "retried", created_at=11.1, finished_at=12.1)],
         events=[
             *GOOD.events,
-            Event(11.2, PID, logs.RETRY_SCHEDULED, f"{ID}:1"),
-            Event(12.2, PID, logs.RETRY_EXECUTED, f"{ID}:1"),
+            Event(11.2, PID, events.RETRY_SCHEDULED, f"{ID}:1"),
+            Event(12.2, PID, events.RETRY_EXECUTED, f"{ID}:1"),
         ],
         samples=[],
     )

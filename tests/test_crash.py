@@ -17,14 +17,11 @@ from tests.contract import HEALED_WITHIN_S, MOST_DUPLICATES
 from tests.factories import make_request, new_id
 from tests.service_process import ServiceProcess, StartService
 from tests.table import Table
-from tests.under_load import copies, first_retry_s
+from tests.under_load import Report, copies, first_retry_s
 from tests.upstream import RETRY_QUEUE, Load, Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
-
-
-Report = Callable[[str, object], None]
 
 
 @dataclass(frozen=True)

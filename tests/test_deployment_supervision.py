@@ -31,7 +31,7 @@ from tests.service_manager import FakeManager
 from tests.service_process import PROJECT, START_TAKES, MakeService
 from tests.table import Table
 from tests.upstream import RETRY_QUEUE, Upstream
-from tests.virtual_time import run_in_virtual_time
+from tests.virtual_time import pass_time, run_in_virtual_time
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
@@ -191,7 +191,7 @@ class Scene:
     async def _step(self, loop: str) -> None:
         while loop in self.moving and not self.stop.is_set():
             self.progress.moved(loop)
-            await asyncio.sleep(1)
+            await pass_time(1)
 
 
 class Notes(ServiceManager):
@@ -214,10 +214,10 @@ def test_one_loop_that_has_ended_silences_the_watchdog_though_the_others_move() 
 
     async def scenario() -> float:
         async with Scene(notes) as scene:
-            await asyncio.sleep(100)
+            await pass_time(100)
             ended_s = asyncio.get_running_loop().time()
             scene.moving.discard("intake")
-            await asyncio.sleep(200)
+            await pass_time(200)
             assert scene.progress.standing() == ["intake"]
         return ended_s
 
@@ -234,10 +234,10 @@ def test_a_loop_that_moves_again_brings_the_pings_back() -> None:
     async def scenario() -> float:
         async with Scene(notes) as scene:
             scene.moving.discard("claim")
-            await asyncio.sleep(100)
+            await pass_time(100)
             before = len(notes.pings_s)
             scene.progress.moved("claim")
-            await asyncio.sleep(5)
+            await pass_time(5)
             return len(notes.pings_s) - before
 
     assert run_in_virtual_time(scenario(), supervision) == 1
@@ -248,7 +248,7 @@ def test_nobody_is_pinged_who_does_not_watch() -> None:
 
     async def scenario() -> None:
         async with Scene(notes):
-            await asyncio.sleep(100)
+            await pass_time(100)
 
     run_in_virtual_time(scenario(), supervision)
 

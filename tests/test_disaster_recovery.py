@@ -16,7 +16,7 @@ import pytest
 
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
-from retry_scheduler.pause import PAUSED
+from retry_scheduler.observability.events import PAUSED
 from tests.command import settings_for
 from tests.contract import MOST_DUPLICATES
 from tests.factories import make_request, new_id

@@ -10,7 +10,7 @@ import pytest
 
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from retry_scheduler.hand import CLAIM_ROWS
-from retry_scheduler.observability.logs import QUEUE_CONFIRMS, QUEUE_HANGS
+from retry_scheduler.observability.events import QUEUE_CONFIRMS, QUEUE_HANGS
 from tests.factories import make_request, new_id
 from tests.service_process import ServiceProcess, StartService
 from tests.table import Table

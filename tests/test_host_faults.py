@@ -5,7 +5,7 @@ import errno
 import os
 import resource
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -21,13 +21,11 @@ from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S
 from tests.factories import make_request
 from tests.service_process import MakeService, ServiceProcess, StartService
 from tests.table import Table
-from tests.under_load import Watch, accounts, first_retry_s, flowing, requests
+from tests.under_load import Report, Watch, accounts, first_retry_s, flowing, requests
 from tests.upstream import RETRY_QUEUE, Load, Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
-
-Report = Callable[[str, object], None]
 
 HEALED_WITHIN = timedelta(seconds=HEALED_WITHIN_S)
 
@@ -42,7 +40,7 @@ async def crowd(service: ServiceProcess, ports: tuple[int, ...], seconds: float)
             caller.setblocking(False)
             caller.connect_ex((LOOPBACK, port))
             callers.append(caller)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.3)  # noqa: TID251  how often the crowd comes
     for caller in callers:
         caller.close()
 

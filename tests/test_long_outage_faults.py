@@ -4,7 +4,6 @@ By default each lasts some seconds. LONG_OUTAGE_S=120 makes it two minutes, for 
 """
 
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from time import time
 
@@ -17,13 +16,11 @@ from tests.factories import encoded, make_request, new_id
 from tests.service_process import StartService
 from tests.table import Table
 from tests.test_broker_alarm import disk_alarm
-from tests.under_load import Watch, accounts, copies, first_retry_s, flowing, payload_of, requests
+from tests.under_load import Report, Watch, accounts, copies, first_retry_s, flowing, payload_of, requests
 from tests.upstream import RETRY_QUEUE, Load, Message, Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
-
-Report = Callable[[str, object], None]
 
 OUTAGE_S = float(os.environ.get("LONG_OUTAGE_S", "15"))
 PER_S = 200

@@ -11,7 +11,7 @@ import pytest
 
 from retry_scheduler.demo.postgres_programs import find_programs, run_program
 from retry_scheduler.demo.private_postgres import PrivatePostgres
-from retry_scheduler.pause import NOT_PAUSED, PAUSED, RELEASED
+from retry_scheduler.observability import events
 from tests.factories import make_request, new_id
 from tests.servers import Database, random_name
 from tests.service_manager import FakeManager
@@ -78,7 +78,7 @@ async def test_a_restored_backup_sends_nothing_until_released_and_says_what_it_w
     await eventually(lambda: due(service) == 5, within=timedelta(seconds=15))
     waiting = [upstream.depth("orders"), upstream.depth(REVIEW_QUEUE)]
     claims = await Table(restored).value("SELECT max(claims) FROM retry_queue")
-    (paused, *_) = service.log_events(PAUSED)
+    (paused, *_) = service.log_events(events.PAUSED)
     await Table(restored).fetch(
         "UPDATE retry_queue SET status = 'discarded', finished_at = now() WHERE message_id = $1", known[0]
     )
@@ -98,7 +98,7 @@ async def test_a_restored_backup_sends_nothing_until_released_and_says_what_it_w
     assert claims == 0
     # Under the same keys: a consumer that deduplicates has nothing twice.
     assert {message.retry_id for message in again} - {f"{new}:0"} == sent - {f"{known[0]}:0"}
-    assert len(service.log_events(RELEASED)) == 1
+    assert len(service.log_events(events.RELEASED)) == 1
     assert await Table(restored).statuses() == {"retried": 4, "discarded": 1}
 
 
@@ -130,7 +130,7 @@ async def test_releasing_a_service_that_is_not_paused_changes_nothing(
     upstream.declare("orders")
 
     release(service)
-    await eventually(lambda: service.log_events(NOT_PAUSED))
+    await eventually(lambda: service.log_events(events.NOT_PAUSED))
     upstream.ask(make_request())
 
     await upstream.receive("orders", 1)

@@ -24,6 +24,7 @@ from tests.factories import encoded, make_request, new_id
 from tests.service_process import StartService
 from tests.table import Table
 from tests.under_load import (
+    Report,
     Watch,
     accounts,
     copies,
@@ -36,9 +37,6 @@ from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE, Load, Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
-
-Report = Callable[[str, object], None]
-
 
 OURS = "application_name = 'retry-scheduler' AND datname = current_database()"
 
@@ -188,9 +186,8 @@ async def test_what_postgresql_refuses_at_run_time_is_named_and_waited_for_witho
                     f" WHERE application_name = 'retry-scheduler' AND datname = '{name}'"
                 )
             await eventually(lambda: problem in watch.said(), within=timedelta(seconds=5))
-            await eventually(lambda: watch.lasted_s > 6, within=timedelta(seconds=10))
+            await watch.stays_calm_until(6)
             health = service.health()
-            watch.assert_calm()
         finally:
             mending(postgres, role)
         mended_at = time()
@@ -314,8 +311,7 @@ async def test_a_disk_that_is_full_stops_the_intake_and_nothing_else_until_there
     try:
         upstream.ask(*bodies[6:])
         await eventually(lambda: watch.complaints()["Failed to save retry task"] >= 4)
-        await eventually(lambda: watch.lasted_s > 6, within=timedelta(seconds=10))
-        watch.assert_calm()
+        await watch.stays_calm_until(6)
         said = watch.said()
     finally:
         limit_file_size(postgres, "unlimited")

@@ -6,7 +6,6 @@ Each fault is provoked under load, and costs no message, no hot loop, and no mor
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
 from datetime import timedelta
 from time import time
 
@@ -17,13 +16,14 @@ from retry_scheduler.database import CALL_TIMEOUT_S
 from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S, MOST_DUPLICATES
 from tests.factories import make_request, new_id
 from tests.malformed import MALFORMED
+from tests.scene import Scene
 from tests.service_process import StartService
 from tests.table import Table
 from tests.under_load import (
+    Report,
     Watch,
     accounts,
     copies,
-    first_retry_s,
     flowing,
     open_files,
     ready_again,
@@ -33,9 +33,6 @@ from tests.upstream import RETRY_QUEUE, REVIEW_QUEUE, Load, Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
-
-Report = Callable[[str, object], None]
-
 
 OURS = "application_name = 'retry-scheduler' AND datname = current_database()"
 
@@ -67,9 +64,8 @@ async def test_links_that_fall_silent_one_way_or_both_are_given_up_and_others_ta
             )
         await flowing(healthy, count=500)  # and what the others held is among it
         healths = [service.health() for service in cut_off]
-        await eventually(lambda: watches[0].lasted_s > 15, within=timedelta(seconds=20))
         for watch in watches:
-            watch.assert_calm()
+            await watch.stays_calm_until(15)
         grown = [open_files(service) - before for service, before in zip(cut_off, files, strict=True)]
         for link in links:
             link.heal()
@@ -156,23 +152,17 @@ async def test_what_was_stored_without_an_answer_and_executed_meanwhile_is_not_t
 
 
 async def test_a_pool_of_one_connection_on_a_slow_link_starves_nobody(
-    start_service: StartService, upstream: Upstream, table: Table, record_property: Report
+    scene: Scene, record_property: Report
 ) -> None:
-    upstream.declare("orders", RETRY_QUEUE)
-    with proxies(table.database.port) as (link,), Load(upstream, requests(), per_second=100) as load:
-        service = await start_service(
-            POSTGRES_PORT=str(link.port),
-            POSTGRES_POOL_MAX="1",
-            POSTGRES_POOL_MIN="1",
-            RABBITMQ_PREFETCH="100",
-        )
-        await flowing(service)
-        link.slow_down(latency_s=0.02)
-        watch = Watch(service)
-        await flowing(service, count=500, within=timedelta(seconds=20))
-        pages = [service.ready() for _ in range(10)]
-        service.metrics()
-        await accounts(load, upstream, table, [service], exactly_once=True)
+    async with scene.under_load(
+        behind="PostgreSQL", per_second=100, POSTGRES_POOL_MAX="1", POSTGRES_POOL_MIN="1"
+    ) as flow:
+        flow.link.slow_down(latency_s=0.02)
+        watch = Watch(flow.service)
+        await flow.goes_on(count=500, within=timedelta(seconds=20))
+        pages = [flow.service.ready() for _ in range(10)]
+        flow.service.metrics()
+        await flow.accounts(exactly_once=True)
 
     record_property("slowest_page_s", round(max(page.took_s for page in pages), 2))
     assert {page.status for page in pages} == {200}
@@ -180,22 +170,17 @@ async def test_a_pool_of_one_connection_on_a_slow_link_starves_nobody(
 
 
 async def test_connections_that_a_firewall_has_forgotten_are_all_given_up_at_the_first_sign(
-    start_service: StartService, upstream: Upstream, table: Table, record_property: Report
+    scene: Scene, record_property: Report
 ) -> None:
     """Nobody says that they are dead. Found out one after the other, each would take six seconds."""
-    upstream.declare("orders", RETRY_QUEUE)
-    with proxies(table.database.port) as (link,), Load(upstream, requests(), per_second=200) as load:
-        service = await start_service(
-            POSTGRES_PORT=str(link.port), POSTGRES_POOL_MIN="40", RABBITMQ_PREFETCH="100"
-        )
-        await flowing(service)
-        link.forget()
+    async with scene.under_load(behind="PostgreSQL", POSTGRES_POOL_MIN="40") as flow:
+        flow.link.forget()
         forgotten_at = time()
-        recovered_s = await first_retry_s(table, forgotten_at + 1, within=timedelta(seconds=30))
-        await ready_again(service)
-        watch = Watch(service)
-        await flowing(service, count=1000)
-        await accounts(load, upstream, table, [service], exactly_once=True)
+        recovered_s = await flow.first_retry_s(forgotten_at + 1, within=timedelta(seconds=30))
+        await ready_again(flow.service)
+        watch = Watch(flow.service)
+        await flow.goes_on(count=1000)
+        await flow.accounts(exactly_once=True)
 
     record_property("first_retry_after_s", recovered_s + 1)
     assert recovered_s + 1 <= CALL_TIMEOUT_S + HEALED_WITHIN_S

@@ -14,7 +14,7 @@ import pytest
 from retry_scheduler.demo.ports import LOOPBACK
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
-from retry_scheduler.rotation import SECRETS_KEPT, SECRETS_RELOADED
+from retry_scheduler.observability import events
 from tests.factories import make_request, new_id
 from tests.servers import Database, random_name
 from tests.service_process import MakeService, ServiceProcess
@@ -128,7 +128,7 @@ async def test_rotated_passwords_are_used_by_the_next_connections_and_nothing_is
     logins.set_on_servers("second/@%&")
     logins.write_files("second/@%&")
     reload(service)
-    await eventually(lambda: service.log_events(SECRETS_RELOADED))
+    await eventually(lambda: service.log_events(events.SECRETS_RELOADED))
     upstream.ask_for_many([make_request(message_id=name, retry_after_ms=1500) for name in ids[:100]])
     await eventually(lambda: service.metrics().value("retries_scheduled_total") == 101)
     undisturbed = service.metrics()
@@ -147,7 +147,7 @@ async def test_rotated_passwords_are_used_by_the_next_connections_and_nothing_is
     assert await stored.statuses() == {"retried": 201}
     assert service.metrics().value("retry_reconnects_total", server="RabbitMQ") > 0
     assert before.isdisjoint(logins.sessions())
-    (event,) = service.log_events(SECRETS_RELOADED)
+    (event,) = service.log_events(events.SECRETS_RELOADED)
     assert (event["level"], sorted(event["changed"])) == ("INFO", ["POSTGRES_PASSWORD", "RABBITMQ_URL"])
     refused = [word for word in ("password authentication", "ACCESS_REFUSED") if word in service.log_text()]
     assert refused == []
@@ -164,28 +164,28 @@ async def test_what_is_wrong_in_the_files_changes_nothing_and_is_told_without_a_
     upstream.declare("orders")
 
     reload(service)
-    await eventually(lambda: len(service.log_events(SECRETS_RELOADED)) == 1)
+    await eventually(lambda: len(service.log_events(events.SECRETS_RELOADED)) == 1)
     logins.password_file.write_text("hidden")  # right by itself, but it came with a wrong one
     logins.url_file.write_text("http://hidden:hidden@localhost/")
     reload(service)
-    await eventually(lambda: len(service.log_events(SECRETS_KEPT)) == 1)
+    await eventually(lambda: len(service.log_events(events.SECRETS_KEPT)) == 1)
     logins.write_files("hidden")
     logins.password_file.write_text("")
     reload(service)
-    await eventually(lambda: len(service.log_events(SECRETS_KEPT)) == 2)
+    await eventually(lambda: len(service.log_events(events.SECRETS_KEPT)) == 2)
     logins.password_file.unlink()
     reload(service)
-    await eventually(lambda: len(service.log_events(SECRETS_KEPT)) == 3)
+    await eventually(lambda: len(service.log_events(events.SECRETS_KEPT)) == 3)
     logins.cut()
     upstream.ask_for_many([make_request() for _ in range(20)])
     await upstream.receive("orders", 20, within=timedelta(seconds=20))
     await eventually(stored.settled)
 
-    (unchanged,) = service.log_events(SECRETS_RELOADED)
+    (unchanged,) = service.log_events(events.SECRETS_RELOADED)
     assert unchanged["changed"] == []
-    events = service.log_events(SECRETS_KEPT)
-    assert {event["level"] for event in events} == {"ERROR"}
-    assert [[problem.split(":")[0] for problem in event["problems"]] for event in events] == [
+    refused = service.log_events(events.SECRETS_KEPT)
+    assert {event["level"] for event in refused} == {"ERROR"}
+    assert [[problem.split(":")[0] for problem in event["problems"]] for event in refused] == [
         ["RABBITMQ_URL"],
         ["POSTGRES_PASSWORD"],
         ["POSTGRES_PASSWORD_FILE"],

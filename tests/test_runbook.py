@@ -7,15 +7,13 @@ from typing import NamedTuple
 
 import pytest
 
-from retry_scheduler.database import Database, DatabaseAddress
-from retry_scheduler.observability import logs
-from retry_scheduler.schema import migrate
 from retry_scheduler.settings import Settings
 from tests.contract import METRICS, OPERATIONS, SETTINGS, TROUBLES
 from tests.factories import make_request, new_id
 from tests.service_process import StartService
 from tests.table import Table
 from tests.upstream import Upstream
+from tests.vocabulary import SENTENCES
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
@@ -63,11 +61,9 @@ def setting_names() -> set[str]:
 
 
 @pytest.fixture
-async def migrated(table: Table) -> Table:
-    """A database with its tables and a row in each state, some older than the 30 days of the clean-up."""
-    where = table.database
-    address = DatabaseAddress(where.host, where.port, where.name, where.user, where.password, tls=False)
-    await migrate(Database(address, pool_min=0, pool_max=1))
+async def migrated(migrated: Table) -> Table:
+    """The tables, and a row in each state, some older than the 30 days of the clean-up."""
+    table = migrated
     for status in ("pending", "retried", "failed", "discarded"):
         for age in ("1 hour", "31 days"):
             await table.fetch(
@@ -146,9 +142,7 @@ async def test_the_service_runs_on_after_the_clean_up_the_rebuild_and_the_restor
 
 @pytest.mark.parametrize("text", sorted(set(re.findall(r'"([A-Z][a-zA-Z]+ [^"{}]{5,})"', RUNBOOK))))
 def test_each_log_text_of_the_runbook_is_a_constant_of_the_program_and_provoked_by_a_test(text: str) -> None:
-    constants = {value for name, value in vars(logs).items() if name.isupper() and isinstance(value, str)}
-
-    full = [constant for constant in constants if constant.startswith(text)]
+    full = [constant for constant in SENTENCES if constant.startswith(text)]
     assert full, "no such event"
     assert set(full) & (OPERATIONS | TROUBLES).keys(), "tests/test_logs.py does not provoke it"
 

@@ -1,4 +1,7 @@
-"""The runbook is executable documentation: what it prints runs, and what it names exists."""
+"""The runbook is executable documentation: what it prints runs, chapter by chapter.
+
+That the names in it exist is checked with those of all documents, in tests/test_documented_names.py.
+"""
 
 import asyncio
 import re
@@ -7,29 +10,32 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
 
+from retry_scheduler.backoff import BackoffPolicy, delay_before_retry
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
-from retry_scheduler.observability import logs
-from retry_scheduler.settings import SECRETS, Settings, load_settings
-from tests.contract import OPERATIONS, TROUBLES
+from retry_scheduler.hand import MAX_OUTSTANDING
+from retry_scheduler.settings import load_settings
+from tests import vocabulary
+from tests.contract import HEALED_WITHIN_S, LATE_AT_MOST_S, MOST_DUPLICATES, OPERATIONS, TROUBLES
+from tests.documents import CHECKOUT, RUNBOOK, Block, Document
 from tests.factories import encoded, make_request
 from tests.prometheus import PrivatePrometheus
 from tests.promql import metrics
 from tests.service_process import ServiceProcess, StartService
 from tests.table import Table
+from tests.unit_sandbox import directives
 from tests.upstream import Upstream
 from tests.waiting import eventually
 
 pytest_plugins = ("tests.fixtures",)
 
-CHECKOUT = Path(__file__).parents[1]
-DOCS = CHECKOUT / "docs"
-RUNBOOK = (DOCS / "runbook.md").read_text()
-EVERYTHING = "\n".join(path.read_text() for path in [CHECKOUT / "README.md", *sorted(DOCS.glob("*.md"))])
+CHAPTERS = RUNBOOK.chapters()
+RULES = CHECKOUT / "deployment" / "prometheus" / "alerts.yml"
+UNIT = CHECKOUT / "deployment" / "eracun-retry-scheduler.service"
+DEFAULTS = load_settings({})
 
 MESSAGE = "6f1f64d2-95b5-4c0e-9d0b-3ad1c5f8a001"
 
@@ -38,62 +44,76 @@ NOT_RUN = {
     "systemctl": "the unit is checked without systemd running, see tests/test_deployment_unit.py",
     "journalctl": "the service's log goes to the journal only under systemd",
     "sudo": "changes the machine",
-    "iostat": "not part of this project",
 }
 
-# Written like settings, and none of the program's.
-NOT_SETTINGS = {"ACCESS_REFUSED", "UPDATE", "SELECT", "CONCURRENTLY", "REINDEX"}
+
+def chapter(number: int) -> Document:
+    """One of the ten chapters."""
+    (found,) = [text for title, text in CHAPTERS.items() if title.startswith(f"{number}. ")]
+    return found
 
 
-class Block(NamedTuple):
-    """One block of code. line: where it begins."""
-
-    line: int
-    text: str
-
-
-def blocks(language: str) -> list[Block]:
-    """All blocks but those of chapter 8, whose commands tests/test_disaster_recovery.py follows."""
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", RUNBOOK, re.DOTALL | re.MULTILINE)
-    disasters = range(RUNBOOK.index("\n## 8. "), RUNBOOK.index("\n## 9. "))
-    return [
-        Block(RUNBOOK[: match.start()].count("\n") + 1, match[1])
-        for match in found
-        if match.start() not in disasters
-    ]
+def commands(document: Document) -> list[list[str]]:
+    """Every command that is printed, word by word; lines that only set something are none."""
+    lines = "\n".join(block.text for block in document.blocks("bash")).splitlines()
+    return [shlex.split(line) for line in lines if line and not re.match(r"[A-Z_]+=", line)]
 
 
-def statements() -> list[Block]:
-    return [
-        Block(block.line, part.strip())
-        for block in blocks("sql")
-        for part in re.sub(r"--.*$", "", block.text, flags=re.MULTILINE).split(";")
-        if part.strip()
-    ]
+def updates() -> list[Block]:
+    """The statements for single messages. They are run one by one, each with what it is for."""
+    return [statement for statement in chapter(6).statements if statement.text.startswith("UPDATE")]
 
 
-def commands() -> list[Block]:
-    return [
-        Block(block.line + place + 1, line)
-        for block in blocks("bash")
-        for place, line in enumerate(block.text.splitlines())
-        if line and not re.match(r"[A-Z_]+=", line)
-    ]
+class Operator:
+    """Whoever follows the runbook beside a running service."""
 
+    def __init__(self, service: ServiceProcess, table: Table, rabbitmq: PrivateRabbitMQ) -> None:
+        self._service = service
+        self._table = table
+        self._rabbitmq = rabbitmq
 
-def examples() -> dict[str, str]:
-    """The settings that are printed as examples."""
-    return dict(
-        re.findall(r"^([A-Z_]+)=(\S+)", "\n".join(block.text for block in blocks("bash")), re.MULTILINE)
-    )
+    async def follow(self, document: Document, *, statements: int, commands_run: int) -> None:
+        """Run every statement but the updates, and every command; expect so many of each, or more."""
+        texts = [statement.text for statement in document.statements if statement not in updates()]
+        for text in texts:
+            await self._table.fetch(text)
+        done = [command for command in commands(document) if command[0] not in NOT_RUN]
+        for command in done:
+            await self._run(*command)
+        assert len(texts) >= statements
+        assert len(done) >= commands_run
 
+    async def _run(self, program: str, *arguments: str) -> None:
+        match program:
+            case "curl":
+                self._get(arguments[-1])
+            case "rabbitmqctl":
+                self._rabbitmq.ctl(*arguments)
+            case "retry-scheduler":
+                await self._run_program(*arguments)
+            case _:
+                pytest.fail(f"{program} is printed and neither run nor left out for a reason")
 
-def test_the_blocks_of_the_runbook_are_found() -> None:
-    """Guards the tests below: a pattern that finds nothing proves nothing."""
-    assert len(statements()) >= 15
-    assert len(commands()) >= 15
-    assert len(blocks("promql")) >= 7
-    assert len(examples()) >= 3
+    def _get(self, address: str) -> None:
+        pages = {
+            ":8086/health": self._service.health,
+            ":8086/ready": self._service.ready,
+            ":9094/metrics": self._service.metrics,
+        }
+        parts = urlsplit(address)
+        assert pages[f":{parts.port}{parts.path}"]()
+
+    async def _run_program(self, *arguments: str) -> None:
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "retry_scheduler", *arguments],
+            env=self._service.environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
 
 
 @pytest.fixture
@@ -115,18 +135,107 @@ async def busy_service(start_service: StartService, upstream: Upstream, table: T
     return service
 
 
-async def test_each_statement_runs_beside_the_running_service(
-    busy_service: ServiceProcess, table: Table
+@pytest.fixture
+def operator(busy_service: ServiceProcess, table: Table, rabbitmq: PrivateRabbitMQ) -> Operator:
+    return Operator(busy_service, table, rabbitmq)
+
+
+def test_there_is_a_test_for_each_chapter() -> None:
+    titles = [title for title in CHAPTERS if title[0].isdigit()]
+    tested = {re.match(r"test_chapter_(\d+)_", name) for name in globals()}
+
+    assert [title.partition(".")[0] for title in titles] == [str(number) for number in range(1, 11)]
+    assert {int(match[1]) for match in tested if match} == set(range(1, 11))
+    assert RUNBOOK.text.count("```") == 2 * sum(len(text.all_blocks) for text in CHAPTERS.values())
+
+
+def test_chapter_1_service_overview_promises_what_the_contract_promises() -> None:
+    promised = dict(chapter(1).table("promise", ""))
+
+    assert f"within {LATE_AT_MOST_S:.0f} s" in promised["next attempt"]
+    assert f"at most {MOST_DUPLICATES} for each instance" in promised["duplicates"]
+    assert MOST_DUPLICATES == MAX_OUTSTANDING
+    assert f"within {HEALED_WITHIN_S:.0f} s" in promised["a server that went away"]
+    assert {DEFAULTS.retry_queue, DEFAULTS.manual_review_queue} <= set(chapter(1).spans)
+
+
+def test_chapter_2_architecture_has_the_parts_of_the_program_and_its_formula() -> None:
+    parts = dict(chapter(2).table("file", "its part"))
+    (diagram,) = chapter(2).blocks("text")
+    (formula,) = re.findall(r"`(min\(.+?\))` plus up to `JITTER_MS`", chapter(2).text)
+    base, cap, jitter = DEFAULTS.base_delay_ms, DEFAULTS.max_delay_ms, DEFAULTS.jitter_ms
+    policy = BackoffPolicy(*(timedelta(milliseconds=ms) for ms in (base, cap, jitter)))
+    in_python = formula.replace("^", "**").lower()
+
+    for file in parts:
+        assert (CHECKOUT / file.strip("`")).exists(), file
+    for part in ("consumer", "scheduler"):
+        assert part in diagram.text
+        assert f"`retry_scheduler/{part}.py`" in parts
+    for n in range(8):
+        least_ms = eval(in_python, {"min": min, "n": n, "base_delay_ms": base, "max_delay_ms": cap})
+        assert delay_before_retry(n, policy, 0.0) == timedelta(milliseconds=least_ms)
+        assert delay_before_retry(n, policy, 1.0) == timedelta(milliseconds=least_ms + jitter)
+
+
+async def test_chapter_3_deployment_asks_pages_that_answer_and_names_the_units_paths(
+    operator: Operator,
 ) -> None:
-    for statement in statements():
-        if not statement.text.startswith("UPDATE"):
-            await table.fetch(statement.text)
+    unit = directives(UNIT)
+
+    await operator.follow(chapter(3), statements=0, commands_run=3)
+    assert unit["EnvironmentFile"][0] in chapter(3).spans
+    assert any(span.startswith("/opt/") and span in unit["ExecStart"][0] for span in chapter(3).spans)
+    assert UNIT.stem in chapter(3).spans
 
 
-async def test_a_message_is_put_off_tried_at_once_or_given_up_as_printed(
+async def test_chapter_4_monitoring_has_expressions_that_read_what_the_service_exports_and_every_alert(
+    operator: Operator, busy_service: ServiceProcess, tmp_path: Path
+) -> None:
+    good = dict(row[:2] for row in chapter(4).table("page", "good", "otherwise"))
+    exported = busy_service.metrics().names | {"up"}
+    expressions = [block.text for block in chapter(4).blocks("promql")]
+
+    await operator.follow(chapter(4), statements=0, commands_run=0)
+    assert good["`GET :8086/health`"] == f'200 `"status": "{busy_service.health().body["status"]}"`'
+    assert good["`GET :8086/ready`"] == f'200 `"status": "{busy_service.ready().body["status"]}"`'
+    assert len(expressions) == len(RUNBOOK.blocks("promql")) == 7
+    with PrivatePrometheus(tmp_path / "prometheus", rules=RULES, targets=[]) as prometheus:
+        for expression in expressions:
+            prometheus.query(expression)
+            assert metrics(expression) <= exported, expression
+    assert set(re.findall(r"^#### (\w+)$", chapter(4).text, re.MULTILINE)) == vocabulary.alerts()
+
+
+async def test_chapter_5_common_issues_has_statements_and_commands_that_run_and_the_right_defaults(
+    operator: Operator,
+) -> None:
+    printed = re.findall(r"`([A-Z_]+)` \((\d+)\)", chapter(5).text)
+
+    await operator.follow(chapter(5), statements=8, commands_run=3)
+    assert len(printed) == 3
+    for name, value in printed:
+        assert getattr(DEFAULTS, name.lower()) == int(value), name
+
+
+async def test_chapter_6_troubleshooting_has_statements_and_commands_that_run_and_the_logs_sentences(
+    operator: Operator, busy_service: ServiceProcess
+) -> None:
+    levels = {
+        sentence.strip("`"): level
+        for sentence, level, *_ in chapter(6).table("sentence", "level", "means", "what to do")
+    }
+
+    await operator.follow(chapter(6), statements=4, commands_run=4)
+    assert levels.items() >= (OPERATIONS | TROUBLES).items()
+    for event in busy_service.log_events():
+        assert event["level"] in levels[event["message"]]
+
+
+async def test_chapter_6_troubleshooting_puts_a_message_off_tries_it_at_once_and_gives_it_up_as_printed(
     busy_service: ServiceProcess, upstream: Upstream, table: Table
 ) -> None:
-    at_once, give_up, put_off = (each.text for each in statements() if each.text.startswith("UPDATE"))
+    at_once, give_up, put_off = (each.text for each in updates())
     waits = (
         "SELECT next_retry_at > now() + interval '59 minutes' FROM retry_queue"
         f" WHERE message_id = '{MESSAGE}'"
@@ -145,121 +254,47 @@ async def test_a_message_is_put_off_tried_at_once_or_given_up_as_printed(
     assert message.body == b"the next one"
 
 
-async def test_each_page_that_is_asked_for_answers(busy_service: ServiceProcess) -> None:
-    pages = {
-        "8086/health": busy_service.health,
-        "8086/ready": busy_service.ready,
-        "9094/metrics": busy_service.metrics,
-    }
-    asked = [shlex.split(command.text)[-1] for command in commands() if command.text.startswith("curl")]
-
-    assert asked
-    for address in asked:
-        parts = urlsplit(address)
-        assert pages[f"{parts.port}{parts.path}"]()
-
-
-async def test_each_command_of_the_broker_runs(rabbitmq: PrivateRabbitMQ) -> None:
-    asked = [
-        shlex.split(command.text)[1:] for command in commands() if command.text.startswith("rabbitmqctl")
-    ]
-
-    assert asked
-    for arguments in asked:
-        rabbitmq.ctl(*arguments)
-
-
-async def test_each_command_of_the_program_runs_beside_the_service(busy_service: ServiceProcess) -> None:
-    asked = [
-        shlex.split(command.text) for command in commands() if command.text.startswith("retry-scheduler")
-    ]
-
-    assert asked
-    for _, *arguments in asked:
-        done = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-m", "retry_scheduler", *arguments],
-            env=busy_service.environment,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
-        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
-
-
-def test_each_other_command_is_left_out_for_a_reason() -> None:
-    run = {"curl", "rabbitmqctl", "retry-scheduler"}
-
-    assert {shlex.split(command.text)[0] for command in commands()} <= run | NOT_RUN.keys()
-
-
-async def test_each_expression_is_understood_by_prometheus_and_reads_what_the_service_exports(
-    busy_service: ServiceProcess, tmp_path: Path
+async def test_chapter_7_maintenance_has_statements_and_commands_that_run_beside_the_service(
+    operator: Operator,
 ) -> None:
-    exported = busy_service.metrics().names | {"up"}
-    rules = CHECKOUT / "deployment" / "prometheus" / "alerts.yml"
-    with PrivatePrometheus(tmp_path / "prometheus", rules=rules, targets=[]) as prometheus:
-        for block in blocks("promql"):
-            prometheus.query(block.text)
-            assert metrics(block.text) <= exported, block.text
+    await operator.follow(chapter(7), statements=1, commands_run=2)
+    assert f"`RETENTION_DAYS` ago ({DEFAULTS.retention_days})" in chapter(7).text
 
 
-def test_the_example_configuration_is_valid() -> None:
-    load_settings(examples())
+def test_chapter_8_disaster_recovery_says_what_the_unit_does_and_how_to_start_paused() -> None:
+    (example,) = re.findall(r"`(START_PAUSED)=(\w+)`", chapter(8).text)
+    restart_s = directives(UNIT)["RestartSec"][0]
+
+    assert f"starts it again after {restart_s} s" in chapter(8).text
+    assert load_settings(dict([example])).start_paused
+    assert {DEFAULTS.retry_queue, DEFAULTS.manual_review_queue} <= set(chapter(8).spans)
 
 
-def test_each_setting_that_is_named_exists() -> None:
-    named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)[`=]", RUNBOOK)) - NOT_SETTINGS
-    known = {name.upper() for name in Settings.model_fields} | {f"{name}_FILE" for name in SECRETS}
-
-    assert named
-    assert named <= known
-
-
-def test_each_file_that_is_named_exists() -> None:
-    inside = set(re.findall(r"`((?:retry_scheduler|deployment|docs|tests)/[\w./-]*)`", RUNBOOK))
-    linked = set(re.findall(r"\]\(([\w.-]+\.md)(?:#[\w.-]*)?\)", RUNBOOK))
-
-    assert inside
-    assert linked
-    assert [path for path in inside if not (CHECKOUT / path).exists()] == []
-    assert [path for path in linked if not (DOCS / path).exists()] == []
-
-
-def test_each_link_into_the_page_leads_somewhere_and_each_alert_has_its_place() -> None:
-    anchors = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^#+ (.*)$", RUNBOOK, re.MULTILINE)
+def test_chapter_9_performance_tuning_has_the_right_defaults_and_an_example_that_is_valid() -> None:
+    defaults = {
+        row[0].strip("`"): row[1] for row in chapter(9).table("setting", "default", "raise it when", "price")
     }
+    (example,) = chapter(9).blocks("bash")
 
-    rules = (CHECKOUT / "deployment" / "prometheus" / "alerts.yml").read_text()
-    alerts = set(re.findall(r"runbook_url: docs/runbook\.md#(\w+)", rules))
-
-    assert set(re.findall(r"\(#([\w.-]+)\)", RUNBOOK)) <= anchors
-    assert alerts
-    assert alerts <= anchors
-
-
-def test_each_sentence_of_the_log_that_is_named_exists() -> None:
-    constants = {value for name, value in vars(logs).items() if name.isupper() and isinstance(value, str)}
-    table = RUNBOOK[RUNBOOK.index("| sentence | means |") :].split("\n\n")[0]
-    named = set(re.findall(r"`([A-Z][a-z][^`]+)`", table))
-
-    assert len(named) >= 10
-    assert [text for text in named if not any(constant.startswith(text) for constant in constants)] == []
-    assert {*OPERATIONS, *TROUBLES} <= named
+    assert len(defaults) == 5
+    for name, value in defaults.items():
+        assert str(getattr(DEFAULTS, name.lower())) == value, name
+    settings = dict(line.split("=") for line in example.text.splitlines())
+    assert len(settings) == 3
+    for name, value in settings.items():
+        assert getattr(load_settings(settings), name.lower()) == int(value)
 
 
-def test_every_setting_metric_table_and_page_is_named_in_some_document(busy_service: ServiceProcess) -> None:
-    settings = {name.upper() for name in Settings.model_fields}
-    exported = {
-        re.sub(r"_(bucket|sum|count|created)$", "", name)
-        for name in busy_service.metrics().names
-        if not name.startswith("process_")
-    }
-    tables = {"retry_queue", "retry_queue_archive", "retry_payload", "retry_quarantine", "retry_instance"}
+def test_chapter_10_security_names_the_audit_fields_that_every_retry_is_logged_with(
+    busy_service: ServiceProcess,
+) -> None:
+    (sentence,) = re.findall(
+        r"^Every retry is in the log with (.+?),? and in the table", chapter(10).text, re.M
+    )
+    fields = set(re.findall(r"`(\w+)`", sentence))
+    logged = [event for event in busy_service.log_events() if event["message"] in OPERATIONS]
 
-    missing = [name for name in settings | exported | tables if not re.search(rf"\b{name}\b", EVERYTHING)]
-
-    assert missing == []
+    assert len(fields) == 4
+    assert {event["message"] for event in logged} == OPERATIONS.keys()
+    assert all(fields <= event.keys() for event in logged)
+    assert load_settings({"POSTGRES_SSL": "true", "RABBITMQ_URL": "amqps://broker"}).postgres_ssl

@@ -85,6 +85,27 @@ def test_each_way_to_log_gives_one_harmless_line_whatever_the_text_is() -> None:
     assert {json.loads(line)["message"] for line in lines} & {"Forged"} == set()
 
 
+LOGS_LISTS = """
+import structlog
+from retry_scheduler.observability import logs
+
+logs.set_up_logs("INFO", service="x")
+structlog.get_logger().info("Event", whole=list("a" * 20), cut=tuple(range(33)), text="b" * 2000)
+logs.flush_logs()
+"""
+
+
+def test_a_list_or_a_text_that_was_cut_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOGS_LISTS], cwd=PROJECT, capture_output=True, timeout=60, check=True
+    )
+
+    event = json.loads(done.stdout)
+    assert event["whole"] == ["a"] * 20
+    assert event["cut"] == [*range(20), "... 13 more"]
+    assert event["text"] == "b" * 1024 + "..."
+
+
 async def test_what_strangers_send_gives_one_harmless_line_for_each_event(
     start_service: StartService, upstream: Upstream, table: Table
 ) -> None:

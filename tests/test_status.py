@@ -6,9 +6,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from retry_scheduler.database import Database, DatabaseAddress
+from retry_scheduler.database import Database
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
-from retry_scheduler.schema import migrate
 from retry_scheduler.status import figures
 from retry_scheduler.status.figures import Status, take_status
 from retry_scheduler.status.text import report
@@ -32,17 +31,6 @@ SELECT gen_random_uuid(), $2, 0, 3, now() + $4::text::interval, now() + $5::text
 @pytest.fixture
 def environment(database: servers.Database, broker_url: str) -> Environment:
     return settings_for(database, broker_url)
-
-
-@pytest.fixture
-async def opened(database: servers.Database) -> Database:
-    """The test's database with its tables."""
-    address = DatabaseAddress(
-        database.host, database.port, database.name, database.user, database.password, tls=False
-    )
-    where = Database(address, pool_min=0, pool_max=1)
-    await migrate(where)
-    return where
 
 
 async def insert(

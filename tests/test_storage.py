@@ -29,15 +29,6 @@ INSERT = (
 )
 
 
-@pytest.fixture
-async def migrated(table: Table) -> Table:
-    """The test's database with its tables."""
-    where = table.database
-    address = DatabaseAddress(where.host, where.port, where.name, where.user, where.password, tls=False)
-    await migrate(Database(address, pool_min=0, pool_max=1))
-    return table
-
-
 async def insert(
     table: Table,
     *,

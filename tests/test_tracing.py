@@ -14,8 +14,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
-from retry_scheduler.observability import tracing
-from retry_scheduler.observability.tracing import MAX_WAITING_SPANS, SPANS_LOST, Tracing, start_tracing
+from retry_scheduler.observability import events, tracing
+from retry_scheduler.observability.tracing import MAX_WAITING_SPANS, Tracing, start_tracing
 from tests.collector import HANGING, OK, Collector, Link, collector
 from tests.contract import LATE_AT_MOST_S, STOPS_WITHIN_S
 from tests.factories import PAYLOAD, make_request, new_id
@@ -106,7 +106,7 @@ async def test_each_publication_is_a_span_that_links_to_the_context_that_the_con
     assert review.attributes["retry_scheduler.review_reason"] == "exhausted"
     assert review.attributes["retry_scheduler.original_queue"] == "orders"
     assert span.resource["service.name"] == "retries-of-team-7"
-    (starting,) = service.log_events("Service starting")
+    (starting,) = service.log_events(events.STARTING)
     assert span.resource["service.instance.id"] == starting["instance"]
 
 
@@ -201,7 +201,7 @@ async def test_a_collector_that_takes_nothing_costs_no_message_no_stop_and_one_l
         await eventually(table.settled)
         if answer is not None:
             await eventually(lambda: receiver.requests > 0)
-        await eventually(lambda: service.log_events(SPANS_LOST), within=timedelta(seconds=15))
+        await eventually(lambda: service.log_events(events.SPANS_LOST), within=timedelta(seconds=15))
         metrics = service.metrics()
         began_s = time.monotonic()
         exit_code = await service.stop()
@@ -212,7 +212,7 @@ async def test_a_collector_that_takes_nothing_costs_no_message_no_stop_and_one_l
     assert await table.statuses() == {"retried": 1500}
     assert upstream.depth("orders") == 0
     assert metrics.value("retry_lateness_seconds_bucket", le="5.0") == 1500
-    (line,) = service.log_events(SPANS_LOST)
+    (line,) = service.log_events(events.SPANS_LOST)
     assert line["level"] == "WARNING"
     assert line["spans"] >= 1
     expected = {
@@ -298,7 +298,8 @@ async def test_a_collector_that_comes_back_gets_the_spans_that_are_made_from_the
         await eventually(lambda: len(receiver.spans) == 1)
         spans.close()
 
-    assert [(line["event"], line["spans"]) for line in lines] == [(SPANS_LOST, 1)]  # and the rest in a minute
+    # And the rest in a minute.
+    assert [(line["event"], line["spans"]) for line in lines] == [(events.SPANS_LOST, 1)]
 
 
 async def test_a_bug_in_making_a_span_is_a_lost_span_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ async def test_a_count_that_failed_is_repeated_soon_and_a_long_one_is_not() -> N
         outcome = outcomes.pop(0)
         if isinstance(outcome, Unavailable):
             raise outcome
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # noqa: TID251  how long a count takes
         return outcome
 
     async def check() -> None:

@@ -87,7 +87,7 @@ class TlsServers:
         for port, greeting in ((self.postgres_front.port, SSL_REQUEST), (self.amqps_port, b"")):
             while _shown(port, greeting) != ssl.PEM_cert_to_DER_cert(wanted.bytes().decode()):
                 assert time.monotonic() < deadline, f"the certificate on port {port} is still another one"
-                time.sleep(0.02)
+                time.sleep(0.02)  # noqa: TID251  until the condition above
 
     def _write(self, kind: str) -> None:
         certificate = self._certificates[kind]

@@ -7,13 +7,14 @@ how long recovering took.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic, time
 
 from chaos.proxy import Proxy
 from retry_scheduler.demo.ports import LOOPBACK
+from retry_scheduler.observability import events
 from tests.contract import HEALED_WITHIN_S
 from tests.factories import encoded, make_request, new_id
 from tests.service_process import ServiceProcess
@@ -21,16 +22,23 @@ from tests.table import Table
 from tests.upstream import Load, Message, Upstream
 from tests.waiting import eventually
 
+# Takes a figure that a test has measured.
+Report = Callable[[str, object], None]
+
+# What the log says when a link is lost, and at each try to make it anew.
+INTAKE_LOST = events.CONSUMER_FAILED
+PUBLISHER_LOST = events.RABBITMQ_FAILED
+
 # One request of ten waits so long; the others come back at once.
 SOME_WAIT = timedelta(seconds=2)
 
 # What the log says about a server that is away, as opposed to what it says about each message.
 SERVER_COMPLAINTS = {
-    "Failed to connect to RabbitMQ",
-    "Failed to start RabbitMQ consumer",
-    "PostgreSQL health check failed",
-    "Failed to save retry task",
-    "Failed to get due retry tasks",
+    INTAKE_LOST,
+    PUBLISHER_LOST,
+    events.POSTGRES_FAILED,
+    events.SAVE_FAILED,
+    events.CLAIM_FAILED,
 }
 
 
@@ -156,6 +164,11 @@ class Watch:
         at_most = 8 + 2 * self.lasted_s
         assert all(count <= at_most for count in self.complaints().values()), self.complaints()
         assert self.lasted_s < 3 or self.cpu_share < 0.5
+
+    async def stays_calm_until(self, lasted_s: float) -> None:
+        """Assert that no loop runs hot until the watch has lasted so long: that takes time."""
+        await eventually(lambda: self.lasted_s > lasted_s, within=timedelta(seconds=lasted_s + 5))
+        self.assert_calm()
 
     def _complaints(self) -> Iterator[tuple[float, str, str]]:
         for event in self._service.log_events():

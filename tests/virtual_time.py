@@ -26,6 +26,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super()._run_once()  # type: ignore[misc]
 
 
+async def pass_time(seconds: float) -> None:
+    """Let so much virtual time pass. It takes none, and whatever is due in it has happened afterwards."""
+    await asyncio.sleep(seconds)  # noqa: TID251  nobody waits
+
+
 def run_in_virtual_time(main: Coroutine[Any, Any, Result], *modules: Any) -> Result:
     """Run `main` to its end and return its result; in `modules` the monotonic clock is the virtual one."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:

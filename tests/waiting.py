@@ -47,7 +47,7 @@ async def eventually(
                         return result
                 except Exception as error:
                     outcome, last_error = f"the last try raised {error!r}", error
-                await asyncio.sleep(every.total_seconds())
+                await asyncio.sleep(every.total_seconds())  # noqa: TID251  so that nobody else has to
     except TimeoutError:
         waited = f"{time.monotonic() - started:.1f} s"
         raise AssertionError(f"{_name_of(condition)} not true after {waited}; {outcome}") from last_error

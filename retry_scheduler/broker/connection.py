@@ -18,6 +18,7 @@ from pika.exceptions import AMQPError, ChannelWrongStateError, IncompatibleProto
 import retry_scheduler.broker.properties  # noqa: F401  enters the raw properties in pika's registry
 from retry_scheduler.broker.wire import WireConnection
 from retry_scheduler.errors import Unavailable
+from retry_scheduler.observability import events
 from retry_scheduler.tls import client_context, describe_tls_problem
 
 log = structlog.get_logger()
@@ -183,7 +184,7 @@ async def keep_linked(
             on_problem(problem)
         except Exception as error:
             # Deaf for ever would be the worst way to meet a bug, ours or pika's: start over, loudly.
-            log.exception("The connection's task failed")
+            log.exception(events.CONNECTION_FAILED)
             on_problem(Unavailable(SERVER, describe(error)))
         if loop.time() - began > LAST_BACKOFF_S:
             backoff_s = FIRST_BACKOFF_S  # it had worked: try again soon

@@ -29,7 +29,7 @@ from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
 from retry_scheduler.broker.properties import text_headers
 from retry_scheduler.broker.topology import connect_with_queues
 from retry_scheduler.errors import Unavailable
-from retry_scheduler.observability import logs
+from retry_scheduler.observability import events
 
 log = structlog.get_logger()
 
@@ -314,7 +314,7 @@ class PublishLink:
             else:
                 opened = self._breaker.suspect(each.queue, now_s)
             if opened:
-                log.warning(logs.QUEUE_HANGS, queue=each.queue)
+                log.warning(events.QUEUE_HANGS, queue=each.queue)
         self._listen()
 
     def _listen(self) -> None:
@@ -324,7 +324,7 @@ class PublishLink:
     def _note_answer(self, key: str, outcome: Outcome) -> None:
         queue = self._breaker.answered(key, outcome, time.monotonic())
         if queue is not None:
-            log.info(logs.QUEUE_CONFIRMS, queue=queue)
+            log.info(events.QUEUE_CONFIRMS, queue=queue)
         self._listen()
 
     def _ask(self, connection: Connection) -> None:

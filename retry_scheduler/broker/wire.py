@@ -7,6 +7,7 @@ processor time went there, and the broker pays for every small packet too.
 Messages take the short way of `frames` where they can. The rest, and whatever looks odd, is pika's.
 """
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -32,6 +33,7 @@ class WireConnection(AsyncioConnection):  # type: ignore[misc]  # pika has no ty
     on_delivery: Callable[[int, bool, bytes, bytes], None] | None = None
 
     _held: list[bytes] | None = None
+    _read_since_look_bytes = 0
     _frame_buffer: bytes
 
     def read_in_large_pieces(self) -> None:
@@ -60,7 +62,17 @@ class WireConnection(AsyncioConnection):  # type: ignore[misc]  # pika has no ty
         else:
             self._held += marshaled_frames
 
+    def _look_again(self) -> None:
+        if self._transport is not None:
+            self._transport._on_socket_readable()  # which passes over a connection that has ended
+
     def _on_data_available(self, data_in: bytes) -> None:
+        self._read_since_look_bytes += len(data_in)
+        if self._read_since_look_bytes >= self._transport._MAX_CONSUME_BYTES:
+            # pika leaves what is more for the next event. uvloop tells of a reset in one event, its last:
+            # if that brings so much data, nobody would ever learn that the connection has ended.
+            self._read_since_look_bytes = 0
+            asyncio.get_running_loop().call_soon(self._look_again)
         buffer = self._frame_buffer + data_in if self._frame_buffer else data_in
         offset, end = 0, len(buffer)
         while end - offset >= _HEADER_BYTES:

@@ -1,7 +1,6 @@
 """The log: one JSON object a line on standard output, one fixed sentence for each event.
 
-The sentences below are a contract: operators search for them (runbook, "Log Analysis"). Values go
-into fields, never into the sentence. No payload and no secret is ever handed to a logger.
+The sentences are in `events`. No payload and no secret is ever handed to a logger.
 
 How lines reach their reader, and what happens if it stops reading, is in `line_writer`.
 """
@@ -18,30 +17,8 @@ from typing import Any
 import msgspec
 import structlog
 
+from retry_scheduler.observability import events
 from retry_scheduler.observability.line_writer import LineWriter
-
-RETRY_SCHEDULED = "Retry scheduled"
-RETRY_EXECUTED = "Retry executed successfully"
-RETRY_NOT_DELIVERED = "Retry not delivered - will be tried again"
-RETRY_UNKNOWN = "Retry outcome unknown - will be sent again under the same x-retry-id"
-RETRY_SUSPECT = "Retry may have closed the channel - will be sent again alone"
-RETRY_OVERTAKEN = "Retry settled by another instance"
-EXHAUSTED = "Max retries exceeded - moved to manual review"
-UNDELIVERABLE = "Retry undeliverable - moved to manual review"
-DUPLICATE_IGNORED = "Duplicate request ignored"
-QUARANTINED = "Malformed request quarantined"
-QUARANTINE_DELIVERED = "Malformed request moved to manual review"
-SAVE_FAILED = "Failed to save retry task"
-QUARANTINE_CLAIM_FAILED = "Failed to get quarantined messages"
-CLAIM_FAILED = "Failed to get due retry tasks"
-SETTLE_FAILED = "Failed to settle retry tasks"
-CONSUMER_FAILED = "Failed to start RabbitMQ consumer"
-RABBITMQ_FAILED = "Failed to connect to RabbitMQ"
-QUEUE_HANGS = "Queue does not confirm - its retries are held back"
-QUEUE_CONFIRMS = "Queue confirms again"
-INSTANCE_BURIED = "An instance has stopped beating - its claimed retries are taken over"
-POSTGRES_FAILED = "PostgreSQL health check failed"
-LINES_DROPPED = "Log lines dropped"
 
 # A stranger's text must not make a line that no collector takes: 16 KiB is a common limit, and
 # escaping may make each character six bytes. What is still too long then is cut further.
@@ -69,7 +46,7 @@ def set_up_logs(level: str, *, service: str, stream: RawIOBase | None = None) ->
     render_notice = _Renderer(service)
 
     def notice(lines: int) -> bytes:
-        return render_notice.lines(LINES_DROPPED, "WARNING", _now(), ({"lines": lines},))[0]
+        return render_notice.lines(events.LINES_DROPPED, "WARNING", _now(), ({"lines": lines},))[0]
 
     # Python's own buffer would be flushed at exit, and turn a full disk into an exit code.
     _writer = writer = LineWriter(stream or FileIO(sys.stdout.fileno(), "w", closefd=False), notice)
@@ -205,11 +182,15 @@ class _StandardHandler(logging.Handler):
 
 
 def _bounded(value: Any, most: int) -> Any:
-    """Return numbers as they are, lists item by item, and of anything else at most `most` characters."""
+    """Return numbers as they are, lists item by item, and of anything else at most `most` characters.
+
+    What was cut says so at its end.
+    """
     if value is None or isinstance(value, int | float):
         return value
     if isinstance(value, list | tuple):
-        return [_bounded(item, most) for item in value[:_MAX_ITEMS]]
+        shown = [_bounded(item, most) for item in value[:_MAX_ITEMS]]
+        return shown if len(value) <= _MAX_ITEMS else [*shown, f"... {len(value) - _MAX_ITEMS} more"]
     text = value if isinstance(value, str) else str(value)
     return text if len(text) <= most else text[:most] + "..."
 

@@ -20,6 +20,7 @@ import structlog
 from prometheus_client import CollectorRegistry, MetricsHandler
 
 from retry_scheduler.errors import PortTaken
+from retry_scheduler.observability import events
 
 log = structlog.get_logger()
 
@@ -111,7 +112,7 @@ class MetricsServer(ThreadingMixIn, TCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what went wrong, unless it is only that the other side has left."""
         if not isinstance(sys.exception(), OSError):
-            log.exception("Failed to answer a reader of /metrics")
+            log.exception(events.PAGE_FAILED)
 
     def _cut_oldest(self, count: int) -> None:
         with self._lock:

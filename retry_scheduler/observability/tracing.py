@@ -24,9 +24,10 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from opentelemetry.trace import Span, SpanKind, StatusCode, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from retry_scheduler.observability import events
+
 log = structlog.get_logger()
 
-SPANS_LOST = "Spans not delivered to the collector"
 COMPLAIN_EVERY_S = 60.0
 
 # Spans that wait or are on their way: about 8 MB. What comes while it is full is not recorded at all, so
@@ -212,7 +213,7 @@ class _Losses:
                 return
             lost, self._spans = self._spans, 0
             self._said_at_s = now_s
-        log.warning(SPANS_LOST, spans=lost, problem=problem)
+        log.warning(events.SPANS_LOST, spans=lost, problem=problem)
 
 
 class _Session(requests.Session):
