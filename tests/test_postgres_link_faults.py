@@ -12,11 +12,16 @@ from time import time
 import pytest
 
 from chaos.proxy import Way, proxies
-from retry_scheduler.database import CALL_TIMEOUT_S
+from retry_scheduler import database as database_module
+from retry_scheduler.database import CALL_TIMEOUT_S, DatabaseAddress
+from retry_scheduler.demo.ports import LOOPBACK
+from retry_scheduler.errors import Unavailable
+from retry_scheduler.schema import migrate
 from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S, MOST_DUPLICATES
 from tests.factories import make_request, new_id
 from tests.malformed import MALFORMED
 from tests.scene import Scene
+from tests.servers import Database
 from tests.service_process import StartService
 from tests.table import Table
 from tests.under_load import (
@@ -185,3 +190,22 @@ async def test_connections_that_a_firewall_has_forgotten_are_all_given_up_at_the
     record_property("first_retry_after_s", recovered_s + 1)
     assert recovered_s + 1 <= CALL_TIMEOUT_S + HEALED_WITHIN_S
     assert watch.complaints().total() == 0
+
+
+async def test_when_one_connection_has_fallen_silent_none_that_is_as_old_is_lent_again(
+    database: Database,
+) -> None:
+    with proxies(database.port) as (link,):
+        address = DatabaseAddress(
+            LOOPBACK, link.port, database.name, database.user, database.password, tls=False
+        )
+        pool = database_module.Database(address, pool_min=10, pool_max=10)
+        await migrate(pool)
+        await pool.open()
+        link.forget()
+
+        with pytest.raises(Unavailable, match="no answer in time"):
+            await pool.fetch("search_floor")
+        await asyncio.gather(*(pool.fetch("search_floor") for _ in range(10)))
+
+        await pool.close()
