@@ -241,11 +241,9 @@ async def _fetch_slowly(
     connection: "PoolConnectionProxy[asyncpg.Record]", name: str, arguments: Sequence[Any], within_s: float
 ) -> list[asyncpg.Record]:
     # While its arguments are on their way, the session is idle in the transaction.
-    await connection.execute(
-        f"BEGIN; SET LOCAL statement_timeout = '{within_s:.0f}s';"
-        f" SET LOCAL idle_in_transaction_session_timeout = '{within_s:.0f}s'"
-    )
+    await connection.execute("BEGIN")
     try:
+        await connection.fetch(query("allow_more_time"), f"{within_s:.0f}s")
         rows = await connection.fetch(query(name), *arguments)
     except BaseException:
         connection.terminate()  # and the transaction with it

@@ -247,7 +247,8 @@ async def test_another_programs_table_of_our_name_is_told_with_78_and_what_to_do
 ) -> None:
     await table.fetch("CREATE TABLE retry_queue (id serial)")
 
-    done = call(command, **environment, HTTP_PORT=str(free_ports(1)[0]))
+    http_port, metrics_port = map(str, free_ports(2))
+    done = call(command, **environment, HTTP_PORT=http_port, METRICS_PORT=metrics_port)
 
     assert done.returncode == CONFIG
     assert '"retry_queue" already exists' in done.stderr

@@ -126,6 +126,10 @@ RETURNING task.id, task.claims, task.message_id, task.original_queue, task.error
           extract(epoch FROM clock_timestamp() - task.next_retry_at)::float8 AS late_s,
           (SELECT count(*) FROM due) >= least($1, (SELECT count(*) FROM lent) + 1) AS more;
 
+-- name: allow_more_time
+-- Give the rest of this transaction more time. $1 text: a duration, such as '25s'.
+SELECT set_config('statement_timeout', $1, true), set_config('idle_in_transaction_session_timeout', $1, true);
+
 -- name: payload
 -- Get one large payload. $1 id bigint.
 SELECT payload FROM retry_payload WHERE id = $1;
