@@ -156,14 +156,26 @@ class Proxy:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=10)
 
     async def _accept(self) -> None:
-        while True:
-            client, _ = await self._loop.sock_accept(self._listener)
-            self.accepted += 1
-            connection = self._loop.create_task(self._serve(client))
-            self._connections.add(connection)
-            connection.add_done_callback(self._connections.discard)
-            # One that is cut before it has begun closes nothing by itself.
-            connection.add_done_callback(lambda _, client=client: client.close())  # type: ignore[misc]
+        somebody_comes = asyncio.Event()
+        self._loop.add_reader(self._listener, somebody_comes.set)
+        try:
+            while True:
+                await somebody_comes.wait()
+                somebody_comes.clear()
+                # Not awaited: what is accepted in the moment of a cancellation would be lost, and stay open.
+                with suppress(BlockingIOError):
+                    while True:
+                        self._take(self._listener.accept()[0])
+        finally:
+            self._loop.remove_reader(self._listener)
+
+    def _take(self, client: socket.socket) -> None:
+        self.accepted += 1
+        connection = self._loop.create_task(self._serve(client))
+        self._connections.add(connection)
+        connection.add_done_callback(self._connections.discard)
+        # One that is cut before it has begun closes nothing by itself.
+        connection.add_done_callback(lambda _: client.close())
 
     async def _serve(self, client: socket.socket) -> None:
         with client, socket.socket() as server:

@@ -70,7 +70,12 @@ def nothing_unexpected(history: History) -> Finding:
 
 
 def one_end(history: History) -> Finding:
-    """I3: each attempt has one row and one end, and the table says of it what consumers have seen."""
+    """I3: each attempt has one row and one end, and the table says of it what consumers have seen.
+
+    One that was delivered, and whose process died before it could say so, may be refused by its queue when it
+    is sent again, and go to people in the end: then it has come twice, for a reason.
+    """
+    explanations = Explanations(history)
     violations = []
     for row in history.rows:
         delivered = history.deliveries_by_id.get(row.retry_id, ())
@@ -80,7 +85,10 @@ def one_end(history: History) -> Finding:
         if row.status == "failed" and not reviewed:
             violations.append(Violation("failed, and manual review has not got it", row.retry_id))
         if row.status == "failed" and delivered:
-            violations.append(Violation("failed, and a consumer has got it", row.retry_id))
+            together = sorted([*delivered, *reviewed], key=lambda arrival: arrival.at)
+            ended_at = min((arrival.at for arrival in reviewed), default=0.0)
+            if delivered[-1].at > ended_at or explanations.unexplained(together):
+                violations.append(Violation("failed, and a consumer has got it", row.retry_id))
         if row.status == "retried" and reviewed:
             violations.append(Violation("retried, and manual review has got it", row.retry_id))
     keys = Counter(row.key for row in history.rows)

@@ -186,3 +186,17 @@ EXCUSED = {
         "unroutable", enqueues=[replace(REQUEST, queue="chaos.nobody-is-here"), *GOOD.enqueues[1:]]
     ),
 }
+
+# Its queue was full when it was sent again.
+DELIVERED_AND_REVIEWED = replace(
+    reviewed(
+        "unroutable",
+        enqueues=[replace(REQUEST, queue="chaos.orders"), *GOOD.enqueues[1:]],
+        faults=[replace(KILL, began=10.8, healed=12.0), replace(FULL, began=11.0, healed=16.0)],
+        instance_events=[*GOOD.instance_events, InstanceEvent(10.9, "kill", "instance-1", PID)],
+        healed_at=5.0,
+        reviews=[*GOOD.reviews, Arrival(14.0, RETRY_ID, "review", "payload", False, ID, 0, "unroutable")],
+        events=[SCHEDULED, Event(14.2, PID, events.UNDELIVERABLE, RETRY_ID), *GOOD.events[2:]],
+    ),
+    deliveries=[replace(DELIVERY, queue="chaos.orders")],
+)

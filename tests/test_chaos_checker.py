@@ -14,9 +14,11 @@ from tests.chaos_flaws import FLAWS
 from tests.chaos_histories import (
     AGAIN,
     BROKER_FAULT,
+    DELIVERED_AND_REVIEWED,
     DELIVERY,
     EXCUSED,
     EXPLAINED,
+    FULL,
     GOOD,
     ID,
     PID,
@@ -65,6 +67,13 @@ def test_what_is_late_or_in_manual_review_for_a_reason_is_no_violation(reason: s
     history = EXCUSED[reason]
 
     assert holds(check(history)), violated(history)
+
+
+def test_a_delivery_before_a_kill_does_not_contradict_manual_review_after_it() -> None:
+    without_a_reason = replace(DELIVERED_AND_REVIEWED, instance_events=GOOD.instance_events, faults=[FULL])
+
+    assert "I3" not in violated(DELIVERED_AND_REVIEWED)
+    assert "I3" in violated(without_a_reason)
 
 
 def test_more_duplicates_than_the_contract_allows_are_a_violation_whatever_explains_them() -> None:
