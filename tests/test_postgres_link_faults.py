@@ -16,6 +16,7 @@ from retry_scheduler import database as database_module
 from retry_scheduler.database import CALL_TIMEOUT_S, DatabaseAddress
 from retry_scheduler.demo.ports import LOOPBACK
 from retry_scheduler.errors import Unavailable
+from retry_scheduler.repository import LONG_AGO
 from retry_scheduler.schema import migrate
 from tests.contract import ANSWERS_WITHIN_S, HEALED_WITHIN_S, MOST_DUPLICATES
 from tests.factories import make_request, new_id
@@ -205,7 +206,7 @@ async def test_when_one_connection_has_fallen_silent_none_that_is_as_old_is_lent
         link.forget()
 
         with pytest.raises(Unavailable, match="no answer in time"):
-            await pool.fetch("search_floor")
-        await asyncio.gather(*(pool.fetch("search_floor") for _ in range(10)))
+            await pool.fetch("search_floor", LONG_AGO)
+        await asyncio.gather(*(pool.fetch("search_floor", LONG_AGO) for _ in range(10)))
 
         await pool.close()

@@ -12,6 +12,7 @@ import uvloop
 
 from chaos.proxy import Proxy, Way, proxies
 from retry_scheduler.broker.connection import Connection, connect
+from retry_scheduler.broker.wire import Services
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.contract import HEALED_WITHIN_S
 from tests.under_load import through
@@ -79,3 +80,17 @@ def test_a_reset_is_seen_at_once_though_more_has_arrived_than_is_read_in_one_tur
 
     with proxies(rabbitmq.port) as (link,):
         assert "reset" in uvloop.run(scenario(link))
+
+
+async def test_a_peer_that_resets_in_the_moment_of_connecting_fails_the_try_at_once() -> None:
+    """The socket was connected when the event loop said so, and is not when pika asks who is there."""
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[object] = loop.create_future()
+    gone = socket.socket()
+    gone.setblocking(False)
+
+    Services(loop).create_streaming_connection(lambda: None, gone, on_done=told.set_result)
+
+    async with asyncio.timeout(5):
+        assert isinstance(await told, ConnectionResetError)
+    assert gone.fileno() < 0

@@ -8,11 +8,15 @@ Messages take the short way of `frames` where they can. The rest, and whatever l
 """
 
 import asyncio
+import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from pika import frame
-from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.adapters.asyncio_connection import AsyncioConnection, _AsyncioIOServicesAdapter
 
 from retry_scheduler.broker.frames import message_frames, whole_delivery
 
@@ -21,6 +25,24 @@ _READ_BYTES = 128 * 1024
 
 _HEADER_BYTES = 7
 _END_BYTES = 1
+
+
+class Services(_AsyncioIOServicesAdapter):  # type: ignore[misc]  # pika has no types
+    """What pika needs of the event loop, but for a peer that resets in the moment of connecting.
+
+    Then pika raises in a callback of the event loop. Whoever connects would hear of it by their own
+    timeout, and the log would have a traceback.
+    """
+
+    def create_streaming_connection(
+        self, protocol_factory: Any, sock: Any, on_done: Callable[[Any], None], **options: Any
+    ) -> Any:
+        """Return something with `cancel`; `on_done` is told the transport and the protocol, or an error."""
+        try:
+            return super().create_streaming_connection(protocol_factory, sock, on_done, **options)
+        except (OSError, ValueError):
+            reset = ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            return self.call_later(0, partial(on_done, reset))
 
 
 class WireConnection(AsyncioConnection):  # type: ignore[misc]  # pika has no types
@@ -35,6 +57,26 @@ class WireConnection(AsyncioConnection):  # type: ignore[misc]  # pika has no ty
     _held: list[bytes] | None = None
     _read_since_look_bytes = 0
     _frame_buffer: bytes
+
+    @classmethod
+    def create_connection(
+        cls,
+        connection_configs: Sequence[Any],
+        on_done: Callable[[Any], None],
+        custom_ioloop: asyncio.AbstractEventLoop | None = None,
+        workflow: Any = None,
+    ) -> Any:
+        """As pika's, with our Services."""
+        services = Services(custom_ioloop)
+        return cls._start_connection_workflow(
+            connection_configs=connection_configs,
+            connection_factory=lambda parameters: cls(
+                parameters=parameters, custom_ioloop=services, internal_connection_workflow=False
+            ),
+            nbio=services,
+            workflow=workflow,
+            on_done=on_done,
+        )
 
     def read_in_large_pieces(self) -> None:
         """Ask the socket for more at a time; call it once, when the connection is open."""
