@@ -67,6 +67,14 @@ def test_a_late_answer_says_nothing_once_another_instance_has_had_the_row() -> N
     assert breaker.admit("a", 3, "orders", NOW_S + 30) is None
 
 
+def test_a_late_answer_of_one_queue_says_nothing_of_another_to_which_the_row_goes_now() -> None:
+    """To manual review, because its payload was deleted; or an operator has named another queue."""
+    breaker = hanging("a")
+    breaker.answered("a", Outcome.CONFIRMED, NOW_S + 20)
+
+    assert breaker.admit("a", 2, "invoices", NOW_S + 30) is None
+
+
 def test_a_probe_that_is_confirmed_closes_the_circuit() -> None:
     breaker = hanging("a")
     breaker.admit("b", 1, "orders", NOW_S + PROBE_EVERY_S)

@@ -38,7 +38,7 @@ class Breaker:
         self._open: dict[str, _Circuit] = {}
         self._queues: dict[str, str] = {}  # key -> queue, of what is outstanding behind an open circuit
         self._overdue: dict[str, int] = {}  # key -> claim, of that which nobody waits for any more
-        self._late: dict[str, tuple[int, Outcome, float]] = {}  # key -> claim, answer, when it came
+        self._late: dict[str, tuple[int, str, Outcome, float]] = {}  # key -> claim, queue, answer, when
 
     @property
     def idle(self) -> bool:
@@ -67,18 +67,19 @@ class Breaker:
         self._queues[key] = queue
         self._overdue[key] = claim
         oldest_s = now_s - LATE_ANSWER_KEPT_S
-        self._late = {each: late for each, late in self._late.items() if late[2] > oldest_s}
+        self._late = {each: late for each, late in self._late.items() if late[3] > oldest_s}
         return self.suspect(queue, now_s)
 
     def admit(self, key: str, claim: int, queue: str, now_s: float) -> Outcome | None:
         """Return None if a publication may be sent, otherwise what is known of it without sending.
 
-        A late answer counts only for the claim that follows the one it was sent under: if others have had
-        the row meanwhile, they may have settled it, and an operator may want it sent once more.
+        A late answer counts only for the claim that follows the one it was sent under, and for the queue that
+        gave it: if others have had the row meanwhile, they may have settled it, and an operator may want it
+        sent once more, or elsewhere.
         """
         late = self._late.pop(key, None)
-        if late is not None and claim == late[0] + 1:
-            return late[1]
+        if late is not None and (claim - 1, queue) == late[:2]:
+            return late[2]
         circuit = self._open.get(queue)
         if circuit is None:
             return None
@@ -98,7 +99,7 @@ class Breaker:
             return None
         claim = self._overdue.pop(key, None)
         if claim is not None:
-            self._late[key] = (claim, outcome, now_s)
+            self._late[key] = (claim, queue, outcome, now_s)
         circuit = self._open.pop(queue, None)
         return queue if circuit is not None and circuit.hanging else None
 
