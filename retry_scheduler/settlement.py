@@ -13,11 +13,9 @@ settlement the message may have been delivered: whoever claims the row next send
 consumer knows it by its x-retry-id.
 """
 
-import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,21 +23,15 @@ import structlog
 
 from retry_scheduler import failpoints
 from retry_scheduler.agenda import Agenda
-from retry_scheduler.backoff import BackoffPolicy, delay_before_republish
+from retry_scheduler.backoff import BackoffPolicy
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
 from retry_scheduler.observability import events, logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.outage import OutageBackoff
-from retry_scheduler.publisher import (
-    ALONE_AFTER,
-    UNPUBLISHABLE_AFTER,
-    Accuse,
-    Publisher,
-    Wave,
-    travels_alone,
-)
+from retry_scheduler.publisher import UNPUBLISHABLE_AFTER, Accuse, Publisher, Wave
+from retry_scheduler.releases import Releases, fields, postponed, put_off, untouched
 from retry_scheduler.repository import Release, Repository, Settlement, Suspicion
 from retry_scheduler.trials import Trials
 
@@ -49,19 +41,6 @@ if TYPE_CHECKING:  # loading it would load OpenTelemetry
 log = structlog.get_logger()
 
 Result = TypeVar("Result")
-
-# Perhaps delivered, perhaps not.
-_LOST = (Outcome.UNKNOWN, Outcome.OVERDUE, Outcome.SUSPECT, Outcome.UNSENDABLE)
-
-# An unknown publication waits until the connection is back; at random, so that a thousand of them
-# do not come back together.
-UNKNOWN_DELAY = timedelta(seconds=1)
-
-# What has to travel alone goes one after the other, about ten a second.
-ALONE_DELAY = timedelta(seconds=1)
-
-# After a bug: seldom enough not to fill the log.
-FAILED_DELAY = timedelta(seconds=5)
 
 
 class Settler:
@@ -82,8 +61,10 @@ class Settler:
         self._publisher = publisher
         self._agenda = agenda
         self._metrics = metrics
-        self._policy = policy
         self._max_publish_failures = max_publish_failures
+        self._releases = Releases(
+            publisher, metrics, policy=policy, max_publish_failures=max_publish_failures
+        )
         self._tracing = tracing
         self._outage = OutageBackoff()
         self._trials = Trials()
@@ -116,7 +97,7 @@ class Settler:
             if confirmed:
                 await self._complete(confirmed, late_s)
             if others:
-                releases = [self._release(*other) for other in others]
+                releases = [self._releases.after(*other) for other in others]
                 failpoints.reach("before_release")
                 await self._give_back(releases)
             open_places.difference_update(place for place, _ in wave)
@@ -130,30 +111,15 @@ class Settler:
 
     async def give_back(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back that were not published: they are due as before."""
-        await self._give_back([_untouched(task) for task in tasks])
+        await self._give_back([untouched(task) for task in tasks])
 
     async def postpone(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back that have to wait for their turn to travel alone."""
-        await self._give_back(
-            [
-                Release(
-                    task.id,
-                    task.claims,
-                    delay=ALONE_DELAY * (1 + random.random()),
-                    unsettled=task.claims_unsettled - 1,
-                )
-                for task in tasks
-            ]
-        )
+        await self._give_back([postponed(task) for task in tasks])
 
     async def put_off(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back whose delivery failed in a way that nobody has foreseen."""
-        await self._give_back(
-            [
-                Release(task.id, task.claims, delay=FAILED_DELAY, unsettled=task.claims_unsettled)
-                for task in tasks
-            ]
-        )
+        await self._give_back([put_off(task) for task in tasks])
 
     async def deliver_quarantined(
         self, kept: Sequence[ClaimedQuarantine], *, still_ours: Callable[[], bool]
@@ -163,7 +129,7 @@ class Settler:
         async for wave in self._outcomes(kept, publish, self._repository.suspect_quarantined):
             delivered = [kept[place] for place, what in wave if what is Outcome.CONFIRMED]
             others = [
-                self._release(kept[place], "malformed", what)
+                self._releases.after(kept[place], "malformed", what)
                 for place, what in wave
                 if what is not Outcome.CONFIRMED
             ]
@@ -176,7 +142,7 @@ class Settler:
                 failpoints.reach("after_quarantine_settle")
                 for item in delivered:
                     if item.id in settled:
-                        log.info(events.QUARANTINE_DELIVERED, **_fields(item))
+                        log.info(events.QUARANTINE_DELIVERED, **fields(item))
                     else:
                         self._note_overtaken(item)
             if others:
@@ -222,50 +188,6 @@ class Settler:
             return "unpublishable"
         return None
 
-    def _release(
-        self, task: ClaimedRetry | ClaimedQuarantine, reason: str | None, outcome: Outcome
-    ) -> Release:
-        if outcome is Outcome.NOT_SENT:
-            return _untouched(task)
-        roll = random.random()
-        if outcome is Outcome.HELD:
-            hold = self._publisher.hold(task, reason) * (1 + roll)
-            return Release(
-                task.id, task.claims, error=outcome.value, delay=hold, unsettled=task.claims_unsettled - 1
-            )
-        if outcome in _LOST:
-            event, delay, unsettled = self._after_losing(task, reason, outcome)
-            self._metrics.unknown()
-            log.warning(event, **_fields(task), review_reason=reason)
-            return Release(
-                task.id, task.claims, error=outcome.value, delay=delay * (1 + roll), unsettled=unsettled
-            )
-        failures = task.publish_failures + 1
-        delay = delay_before_republish(failures, self._policy, roll)
-        if reason is None and isinstance(task, ClaimedRetry):
-            self._metrics.executed(task.original_queue, success=False)
-            if failures >= self._max_publish_failures:
-                delay = timedelta(0)  # the next stop is manual review: waiting helps nobody
-        log.warning(
-            events.RETRY_NOT_DELIVERED,
-            **_fields(task),
-            outcome=outcome.value,
-            review_reason=reason,
-            publish_failures=failures,
-        )
-        return Release(task.id, task.claims, failures=1, error=outcome.value, delay=delay)
-
-    def _after_losing(
-        self, task: ClaimedRetry | ClaimedQuarantine, reason: str | None, outcome: Outcome
-    ) -> tuple[str, timedelta, int]:
-        """Return what to log, how long to wait, and what remains of the evidence against the row."""
-        if outcome is Outcome.OVERDUE:
-            return events.RETRY_UNKNOWN, self._publisher.hold(task, reason), 0
-        if outcome is Outcome.UNKNOWN:
-            suspected = task.claims_unsettled - 1 if travels_alone(task.claims_unsettled) else 0
-            return events.RETRY_UNKNOWN, UNKNOWN_DELAY, suspected
-        return events.RETRY_SUSPECT, UNKNOWN_DELAY, max(task.claims_unsettled, ALONE_AFTER)
-
     def _report(
         self, confirmed: Sequence[tuple[ClaimedRetry, str | None]], settled: set[int], since_claim_s: float
     ) -> None:
@@ -278,18 +200,18 @@ class Settler:
                 executed[task.original_queue] += 1
                 late_s = task.late_s + since_claim_s
                 self._metrics.late(late_s)
-                lines.append(_fields(task) | {"late_ms": round(late_s * 1000, 1)})
+                lines.append(fields(task) | {"late_ms": round(late_s * 1000, 1)})
             else:
                 self._metrics.reviewed(task.original_queue, reason)
                 event = events.EXHAUSTED if reason == "exhausted" else events.UNDELIVERABLE
-                log.warning(event, **_fields(task), review_reason=reason)
+                log.warning(event, **fields(task), review_reason=reason)
         logs.info_lines(events.RETRY_EXECUTED, lines)
         for queue, count in executed.items():
             self._metrics.executed(queue, success=True, count=count)
 
     def _note_overtaken(self, task: ClaimedRetry | ClaimedQuarantine) -> None:
         self._metrics.overtaken()
-        log.warning(events.RETRY_OVERTAKEN, **_fields(task))
+        log.warning(events.RETRY_OVERTAKEN, **fields(task))
 
     def _trace(
         self,
@@ -333,19 +255,3 @@ class Settler:
             await self._publisher.restore_queues()
         except Unavailable as problem:  # tried again with the next message that is returned
             log.warning(events.RABBITMQ_FAILED, purpose="create queues", error=problem.problem)
-
-
-def _untouched(task: ClaimedRetry | ClaimedQuarantine) -> Release:
-    # This claim has told nothing about the row: what was known before it remains.
-    return Release(task.id, task.claims, unsettled=task.claims_unsettled - 1)
-
-
-def _fields(task: ClaimedRetry | ClaimedQuarantine) -> dict[str, object]:
-    if isinstance(task, ClaimedQuarantine):
-        return {"quarantine_id": task.id, "field": task.field}
-    return {
-        "message_id": task.message_id,
-        "original_queue": task.original_queue,
-        "retry_count": task.retry_count,
-        "error_reason": task.error_reason,
-    }
