@@ -193,8 +193,8 @@ def decode_base64_leniently() -> None:
 def match_returns_by_message_id() -> None:
     sent, returned = ConfirmLedger.sent, ConfirmLedger.returned
 
-    def by_message(self: ConfirmLedger, batch: ConfirmBatch, place: int, key: str) -> None:
-        sent(self, batch, place, key.partition(":")[0])
+    def by_message(self: ConfirmLedger, batch: ConfirmBatch, place: int, key: str, body_bytes: int) -> None:
+        sent(self, batch, place, key.partition(":")[0], body_bytes)
 
     def returned_message(self: ConfirmLedger, key: str | None) -> None:
         returned(self, key and key.partition(":")[0])

@@ -4,7 +4,8 @@ A driver's exception (asyncpg, pika, pydantic) stops in the module that called t
 
     RetrySchedulerError
     |-- Unavailable          wait and try again; nothing was lost
-    |   `-- StatementRefused     the same; but at the start no waiting helps: UnusableSchema
+    |   |-- StatementRefused     the same; but at the start no waiting helps: UnusableSchema
+    |   `-- ContentRefused       the same, and soon: the server is well
     |-- DataRefused          one row of this batch cannot be stored; find it and set it aside
     |-- MalformedRequest     this message can never become an attempt; quarantine it
     |-- BadSettings          tell the operator every wrong setting and leave with 78
@@ -41,6 +42,10 @@ class StatementRefused(Unavailable):
     def __init__(self, server: str, problem: str, *, sqlstate: str) -> None:
         super().__init__(server, problem)
         self.sqlstate = sqlstate
+
+
+class ContentRefused(Unavailable):
+    """RabbitMQ closes a connection over something that was sent through it. Others are not concerned."""
 
 
 class DataRefused(RetrySchedulerError):

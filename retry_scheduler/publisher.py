@@ -138,7 +138,8 @@ class Publisher:
     """Sends attempts and quarantined input, and returns what became of each.
 
     What is suspected of making the broker close channels travels alone, one at a time, through a
-    connection of its own: there it can harm nobody, and its guilt is certain.
+    connection of its own: there it can harm nobody, and its guilt is certain. So does what seems to be too
+    large for the broker: whoever has raised the limit need not tell us.
     """
 
     def __init__(
@@ -201,16 +202,18 @@ class Publisher:
     ) -> AsyncIterator[Wave]:
         together: list[tuple[int, Publication]] = []
         alone: list[int] = []
-        unsendable: Wave = []
+        not_sendable: Wave = []
         for place, claims in enumerate(unsettled):
             if travels_alone(claims):
                 alone.append(place)
             elif (publication := _built(build, place)) is None:
-                unsendable.append((place, Outcome.UNSENDABLE))
+                not_sendable.append((place, Outcome.UNSENDABLE))
+            elif not self._link.size_limit.admits(len(publication.body)):
+                not_sendable.append((place, Outcome.TOO_LARGE))
             else:
                 together.append((place, publication))
-        if unsendable:
-            yield unsendable
+        if not_sendable:
+            yield not_sendable
         if together:
             async for wave in self._link.waves([publication for _, publication in together], still_ours):
                 yield [(together[index][0], outcome) for index, outcome in wave]
@@ -236,6 +239,8 @@ class Publisher:
                     yield [(place, Outcome.UNSENDABLE)]
                 else:
                     (outcome,) = await link.publish([publication])
+                    if outcome is Outcome.CONFIRMED:
+                        self._link.size_limit.confirmed(len(publication.body))
                     yield [(place, outcome)]
         finally:
             running.cancel()

@@ -13,7 +13,7 @@ from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
 from retry_scheduler.observability import events
 from retry_scheduler.observability.metrics import Metrics
-from retry_scheduler.publisher import ALONE_AFTER, Publisher, travels_alone
+from retry_scheduler.publisher import ALONE_AFTER, WITHOUT_PAYLOAD_AFTER, Publisher, travels_alone
 from retry_scheduler.repository import Release
 
 log = structlog.get_logger()
@@ -29,6 +29,9 @@ UNKNOWN_DELAY = timedelta(seconds=1)
 
 # What has to travel alone goes one after the other, about ten a second.
 ALONE_DELAY = timedelta(seconds=1)
+
+# What is too large even without its payload is tried so often.
+TOO_LARGE_DELAY = timedelta(seconds=1)
 
 # After a bug: seldom enough not to fill the log.
 FAILED_DELAY = timedelta(seconds=5)
@@ -75,6 +78,8 @@ class Releases:
             return Release(
                 task.id, task.claims, error=outcome.value, delay=delay * (1 + roll), unsettled=unsettled
             )
+        if outcome is Outcome.TOO_LARGE:
+            return self._after_refusing_its_size(task, reason, TOO_LARGE_DELAY * (1 + roll))
         failures = task.publish_failures + 1
         delay = delay_before_republish(failures, self._policy, roll)
         if reason is None and isinstance(task, ClaimedRetry):
@@ -89,6 +94,17 @@ class Releases:
             publish_failures=failures,
         )
         return Release(task.id, task.claims, failures=1, error=outcome.value, delay=delay)
+
+    def _after_refusing_its_size(self, task: Claimed, reason: str | None, delay: timedelta) -> Release:
+        # What the broker has said before may hold no more: only by travelling alone this one is convicted.
+        # A body for people holds the payload as base64, which is larger still.
+        convicted = travels_alone(task.claims_unsettled)
+        if convicted and reason is None and isinstance(task, ClaimedRetry):
+            self._metrics.executed(task.original_queue, success=False)
+        outcome = Outcome.TOO_LARGE.value
+        log.warning(events.RETRY_NOT_DELIVERED, **fields(task), outcome=outcome, review_reason=reason)
+        unsettled = max(task.claims_unsettled, WITHOUT_PAYLOAD_AFTER) if convicted else ALONE_AFTER
+        return Release(task.id, task.claims, error=outcome, delay=delay, unsettled=unsettled)
 
     def _after_losing(
         self, task: Claimed, reason: str | None, outcome: Outcome

@@ -6,6 +6,8 @@
                          overdue              -> the same, after the longest delay: its queue hangs
                          suspect              -> the same, and from now on it travels alone; after
                                                  three such journeys it goes to manual review
+                         too large            -> back to pending, to travel alone; once it has, to
+                                                 manual review, without its payload
                          not sent             -> back to pending as it was
 
 Crash windows: before the publish nothing has happened, and the lease runs out. Between publish and

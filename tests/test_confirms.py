@@ -16,6 +16,7 @@ class Sent:
     batch: ConfirmBatch
     place: int
     key: str
+    body_bytes: int
     returned: bool = False
     outcome: Outcome | None = None  # what the broker said
     seen: Outcome | None = None  # what whoever waits was told
@@ -56,8 +57,8 @@ class Ledger(RuleBasedStateMachine):
         self.taken.append([])
         for place in range(size):
             key = data.draw(st.sampled_from([f"{len(self.sent)}:0", *self.keys_to_use_again()]))
-            sent = Sent(batch, place, key)
-            self.ledger.sent(batch, place, sent.key)
+            sent = Sent(batch, place, key, data.draw(st.integers(min_value=0, max_value=3)))
+            self.ledger.sent(batch, place, sent.key, sent.body_bytes)
             self.sent.append(sent)
 
     @precondition(lambda self: self.latest(outstanding=True))
@@ -99,6 +100,20 @@ class Ledger(RuleBasedStateMachine):
         assert self.ledger.close(outcome) == len(lost)
         for sent in lost:
             self.note(sent, outcome)
+
+    @rule(limit_bytes=st.integers(min_value=0, max_value=3))
+    def lose_channel_over_a_size(self, limit_bytes: int) -> None:
+        """The broker handles one after the other: the first that is too large, and none after it."""
+        lost = self.outstanding()
+        guilty = next((number for number, sent in enumerate(lost) if sent.body_bytes > limit_bytes), None)
+        self.ledger.close_over_size(limit_bytes)
+        for number, sent in enumerate(lost):
+            if guilty is None:
+                self.note(sent, Outcome.SUSPECT)
+            elif number == guilty:
+                self.note(sent, Outcome.TOO_LARGE)
+            else:
+                self.note(sent, Outcome.UNKNOWN if number < guilty else Outcome.NOT_SENT)
 
     @precondition(lambda self: self.batches)
     @rule(data=st.data())
@@ -160,9 +175,9 @@ def test_the_first_outcome_of_a_publication_counts() -> None:
 def test_a_late_answer_to_the_first_of_two_under_a_key_does_not_hide_the_return_of_the_second() -> None:
     """The first was given up as overdue. Forgetting the key with it would count the second as delivered."""
     ledger, given_up, again = ConfirmLedger(), ConfirmBatch(1), ConfirmBatch(1)
-    ledger.sent(given_up, 0, "same")
+    ledger.sent(given_up, 0, "same", 1)
     given_up.settle_rest(Outcome.OVERDUE)
-    ledger.sent(again, 0, "same")
+    ledger.sent(again, 0, "same", 1)
 
     ledger.answered(1, multiple=False, accepted=True)
     ledger.returned("same")
@@ -174,8 +189,8 @@ def test_a_late_answer_to_the_first_of_two_under_a_key_does_not_hide_the_return_
 def test_a_key_used_again_while_the_first_is_outstanding_marks_the_later_one() -> None:
     """It does not happen within one channel; if it did, one of the two must still count as returned."""
     ledger, batch = ConfirmLedger(), ConfirmBatch(2)
-    ledger.sent(batch, 0, "same")
-    ledger.sent(batch, 1, "same")
+    ledger.sent(batch, 0, "same", 1)
+    ledger.sent(batch, 1, "same", 1)
 
     ledger.returned("same")
     ledger.answered(2, multiple=True, accepted=True)

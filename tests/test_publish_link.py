@@ -9,8 +9,10 @@ import pytest
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.properties import encode_properties
 from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.broker.size_limit import SizeLimit
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.test_hanging_queue import suspended
+from tests.test_poison import LIMIT_BYTES, message_size_limit
 from tests.upstream import Upstream
 from tests.waiting import eventually
 
@@ -121,3 +123,54 @@ async def test_a_connection_that_dies_leaves_what_was_sent_unknown_and_the_link_
 
     assert outcomes == [Outcome.UNKNOWN] * 10
     assert await link.publish([publication("orders", "1:0")]) == [Outcome.CONFIRMED]
+
+
+class SpeechlessLimit(SizeLimit):
+    """As with a broker that says it in words that we do not know."""
+
+    def learn(self, reason: str) -> int | None:
+        return None
+
+
+async def published_beside_one_that_is_too_large(
+    broker_url: str, rabbitmq: PrivateRabbitMQ, size_limit: SizeLimit
+) -> tuple[list[Outcome], int]:
+    """Return the outcomes of the second of four being too large, and how many arrived."""
+    with message_size_limit(rabbitmq, LIMIT_BYTES):
+        made = PublishLink(
+            broker_url,
+            queues=("orders",),
+            name="test",
+            on_problem=lambda problem: None,
+            size_limit=size_limit,
+        )
+        running = asyncio.create_task(made.run())
+        await eventually(lambda: made.ready)
+        bodies = (b"x", bytes(LIMIT_BYTES + 1), b"x", bytes(LIMIT_BYTES + 1))
+        outcomes = await made.publish(
+            [publication("orders", f"{n}:0", body) for n, body in enumerate(bodies)]
+        )
+        await eventually(lambda: made.ready)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    return outcomes, len(Upstream(broker_url).take("orders"))
+
+
+async def test_of_several_the_one_that_is_too_large_is_named_and_what_was_behind_it_is_not_sent(
+    broker_url: str, rabbitmq: PrivateRabbitMQ
+) -> None:
+    outcomes, arrived = await published_beside_one_that_is_too_large(broker_url, rabbitmq, SizeLimit())
+
+    assert outcomes[0] in (Outcome.UNKNOWN, Outcome.CONFIRMED)
+    assert outcomes[1:] == [Outcome.TOO_LARGE, Outcome.NOT_SENT, Outcome.NOT_SENT]
+    assert arrived == 1
+
+
+async def test_after_a_channel_was_closed_over_something_unnamed_everything_outstanding_is_suspect(
+    broker_url: str, rabbitmq: PrivateRabbitMQ
+) -> None:
+    outcomes, arrived = await published_beside_one_that_is_too_large(broker_url, rabbitmq, SpeechlessLimit())
+
+    assert outcomes[0] in (Outcome.SUSPECT, Outcome.CONFIRMED)
+    assert outcomes[1:] == [Outcome.SUSPECT] * 3
+    assert arrived == 1

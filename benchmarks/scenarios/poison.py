@@ -25,7 +25,7 @@ from retry_scheduler.publisher import ALONE_AFTER
 
 # The promise: with any of them in the queue, the others keep this share of their rate.
 BOUND = 0.9
-REQUEST_COUNT = (30_000, 300)
+REQUEST_COUNT = (60_000, 300)
 LIMIT_S = 180
 
 # Due at once by the request, not by the settings: what cannot be delivered has the default backoff.

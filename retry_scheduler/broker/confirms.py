@@ -5,8 +5,9 @@ a time or "this one and all before it". A returned message is confirmed too, rig
 return, so a return must be noted under a key of ours: the header x-retry-id.
 
 States of a publication: outstanding -> confirmed | returned | refused, or unknown if the channel
-closes first (suspect if the broker closed it over something that was sent, overdue if only this one
-is not answered). Unknown may have been delivered: it is published again later under the same key.
+closes first (suspect if the broker closed it over something that was sent, too large if it said that it
+was this one, overdue if only this one is not answered). Unknown may have been delivered: it is published
+again later under the same key.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ class Outcome(Enum):
     OVERDUE = "overdue"  # unknown yet, while the broker answers: its queue is slow or hangs
     HELD = "held"  # not sent now, since its queue hangs; see `breaker`
     SUSPECT = "suspect"  # unknown, and perhaps what made the broker close the channel
+    TOO_LARGE = "too large"  # certainly not delivered: the broker has said so of its size
     NOT_SENT = "not sent"  # certainly not delivered, and not the message's fault
     UNSENDABLE = "unsendable"  # certainly not delivered: AMQP cannot carry it
 
@@ -71,7 +73,7 @@ class ConfirmLedger:
     def __init__(self) -> None:
         self._next_tag = 1
         # Insertion order is the order of the tags: "this and all before" takes from the front.
-        self._outstanding: dict[int, tuple[ConfirmBatch, int, str]] = {}
+        self._outstanding: dict[int, tuple[ConfirmBatch, int, str, int]] = {}
         self._tags: dict[str, int] = {}
         self._returned: set[int] = set()
         # Told the key and the outcome of each answer, also of one that nobody waits for any more.
@@ -80,9 +82,9 @@ class ConfirmLedger:
     def __len__(self) -> int:
         return len(self._outstanding)
 
-    def sent(self, batch: ConfirmBatch, place: int, key: str) -> None:
+    def sent(self, batch: ConfirmBatch, place: int, key: str, body_bytes: int) -> None:
         """Note that the publication at `place` was handed to the channel, under `key`."""
-        self._outstanding[self._next_tag] = (batch, place, key)
+        self._outstanding[self._next_tag] = (batch, place, key, body_bytes)
         self._tags[key] = self._next_tag
         self._next_tag += 1
 
@@ -109,15 +111,35 @@ class ConfirmLedger:
     def close(self, outcome: Outcome = Outcome.UNKNOWN) -> int:
         """The channel is gone: what is outstanding stays unknown, or suspect. Return how many that were."""
         count = len(self._outstanding)
-        for batch, place, _ in self._outstanding.values():
+        for batch, place, _, _ in self._outstanding.values():
             batch.settle(place, outcome)
+        self._forget()
+        return count
+
+    def close_over_size(self, limit_bytes: int) -> None:
+        """The broker has closed the channel over the first body above `limit_bytes`.
+
+        It handles a channel's messages one after the other, and none after that one. If none is above,
+        it means something else, and all are suspect.
+        """
+        outcome = Outcome.UNKNOWN
+        if all(body_bytes <= limit_bytes for _, _, _, body_bytes in self._outstanding.values()):
+            outcome = Outcome.SUSPECT
+        for batch, place, _, body_bytes in self._outstanding.values():
+            if outcome is Outcome.UNKNOWN and body_bytes > limit_bytes:
+                batch.settle(place, Outcome.TOO_LARGE)
+                outcome = Outcome.NOT_SENT
+            else:
+                batch.settle(place, outcome)
+        self._forget()
+
+    def _forget(self) -> None:
         self._outstanding.clear()
         self._tags.clear()
         self._returned.clear()
-        return count
 
     def _settle(self, tag: int, accepted: bool) -> None:
-        batch, place, key = self._outstanding.pop(tag)
+        batch, place, key, _ = self._outstanding.pop(tag)
         if self._tags.get(key) == tag:
             del self._tags[key]
         if tag in self._returned:

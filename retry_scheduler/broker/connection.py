@@ -17,7 +17,7 @@ from pika.exceptions import AMQPError, ChannelWrongStateError, IncompatibleProto
 
 import retry_scheduler.broker.properties  # noqa: F401  enters the raw properties in pika's registry
 from retry_scheduler.broker.wire import WireConnection
-from retry_scheduler.errors import Unavailable
+from retry_scheduler.errors import ContentRefused, Unavailable
 from retry_scheduler.observability import events
 from retry_scheduler.tls import client_context, describe_tls_problem
 
@@ -180,6 +180,9 @@ async def keep_linked(
         began = loop.time()
         try:
             await session()
+        except ContentRefused as problem:
+            on_problem(problem)
+            backoff_s = FIRST_BACKOFF_S
         except Unavailable as problem:
             on_problem(problem)
         except Exception as error:

@@ -27,8 +27,9 @@ from retry_scheduler.broker.breaker import Breaker
 from retry_scheduler.broker.confirms import ConfirmBatch, ConfirmLedger, Outcome
 from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
 from retry_scheduler.broker.properties import text_headers
+from retry_scheduler.broker.size_limit import SizeLimit
 from retry_scheduler.broker.topology import connect_with_queues
-from retry_scheduler.errors import Unavailable
+from retry_scheduler.errors import ContentRefused, Unavailable
 from retry_scheduler.observability import events
 
 log = structlog.get_logger()
@@ -75,9 +76,16 @@ class PublishLink:
     """One publishing channel."""
 
     def __init__(
-        self, url: str, *, queues: Sequence[str], name: str, on_problem: Callable[[Unavailable], None]
+        self,
+        url: str,
+        *,
+        queues: Sequence[str],
+        name: str,
+        on_problem: Callable[[Unavailable], None],
+        size_limit: SizeLimit | None = None,
     ) -> None:
         """Queues to create where they are missing, and whom to tell of each failed try."""
+        self.size_limit = size_limit or SizeLimit()
         self._url = url
         self._queues = queues
         self._name = name
@@ -129,7 +137,13 @@ class PublishLink:
 
     def another(self, name: str) -> "PublishLink":
         """Return a link to the same broker with a connection of its own, which the broker lists as `name`."""
-        return PublishLink(self._url, queues=self._queues, name=name, on_problem=self._on_problem)
+        return PublishLink(
+            self._url,
+            queues=self._queues,
+            name=name,
+            on_problem=self._on_problem,
+            size_limit=self.size_limit,
+        )
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
@@ -249,7 +263,7 @@ class PublishLink:
             batch.settle(place, Outcome.NOT_SENT)
         else:
             # The broker counts what it receives: a number is only taken for what was written.
-            ledger.sent(batch, place, publication.key)
+            ledger.sent(batch, place, publication.key, len(publication.body))
 
     async def _session(self) -> None:
         connection = await connect_with_queues(self._url, self._queues, name=self._name)
@@ -270,22 +284,28 @@ class PublishLink:
             self._listen()
             self._blocked = self._proven = False
             self.changed.set()
-            raise Unavailable(SERVER, await asyncio.shield(connection.closed))
+            reason = await asyncio.shield(connection.closed)
+            raise (ContentRefused if connection.closed_over_content else Unavailable)(SERVER, reason)
         finally:
             self._connection = None
-            ledger.close(self._fate_of_outstanding(connection, ledger))
+            self._settle_outstanding(connection, ledger)
             self._blocked = self._proven = False
             self.changed.set()
             await connection.close()
 
-    def _fate_of_outstanding(self, connection: Connection, ledger: ConfirmLedger) -> Outcome:
+    def _settle_outstanding(self, connection: Connection, ledger: ConfirmLedger) -> None:
         if connection.closed_over_content:
-            return Outcome.SUSPECT
+            limit_bytes = self.size_limit.learn(connection.closed.result())
+            if limit_bytes is None:
+                ledger.close(Outcome.SUSPECT)
+            else:
+                ledger.close_over_size(limit_bytes)
         # We may not publish. Of several messages some may have been taken before the right was withdrawn;
         # the only one that this connection has ever sent is certainly the one that was refused.
-        if connection.closed_over_rights and not self._proven and len(ledger) == 1:
-            return Outcome.NOT_SENT
-        return Outcome.UNKNOWN
+        elif connection.closed_over_rights and not self._proven and len(ledger) == 1:
+            ledger.close(Outcome.NOT_SENT)
+        else:
+            ledger.close()
 
     def _note_blocked(self, blocked: bool) -> None:
         self._blocked = blocked
