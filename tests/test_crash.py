@@ -130,11 +130,18 @@ async def test_an_instance_that_froze_while_claiming_does_not_publish_what_other
 ) -> None:
     upstream.declare("orders")
     frozen = await start_service(RABBITMQ_PREFETCH="500")
-    upstream.ask(make_request())  # a connection that has proven itself is trusted with a batch
-    await upstream.receive("orders", 1)
-    upstream.ask_for_many([make_request(retry_after_ms=500) for _ in range(50)])
-    await eventually(lambda: frozen.metrics().value("retries_scheduled_total") == 51)
+    # A connection that has proven itself is trusted with a batch, and each to PostgreSQL knows the statement:
+    # the lock would otherwise hold back its preparation, and the claim would never be sent.
+    for _ in range(20):
+        upstream.ask_for_many([make_request(retry_after_ms=1) for _ in range(20)])
+        await upstream.receive("orders", 20)
+    await eventually(table.settled)
+    upstream.ask_for_many([make_request(retry_after_ms=2000) for _ in range(50)])
+    await eventually(lambda: frozen.metrics().value("retries_scheduled_total") == 450)
 
+    # Not earlier: without beats it would not trust its leases, and not claim.
+    soon = "SELECT min(next_retry_at) < now() + interval '0.5 s' FROM retry_queue WHERE status = 'pending'"
+    await eventually(lambda: table.value(soon))
     # A lock on the table holds its claim back until it is frozen; then the claim goes through, unseen by it.
     lock = await asyncpg.connect(table.database.dsn)
     async with lock.transaction():
@@ -153,7 +160,7 @@ async def test_an_instance_that_froze_while_claiming_does_not_publish_what_other
 
     messages += upstream.take("orders")
     assert len(messages) == len({message.retry_id for message in messages}) == 50
-    assert await table.statuses() == {"retried": 51}
+    assert await table.statuses() == {"retried": 450}
 
 
 async def kill_postgres(servers: Servers) -> Callable[[], None]:
