@@ -10,8 +10,8 @@ What a repeated attempt means (contract, section 2):
 
     redelivered by the broker                          nothing changes
     a new message, and the attempt is still pending    nothing changes
-    stored while we had the message in hand            nothing changes: our connection had broken, and the
-                                                       broker had delivered it to another instance, too
+    stored while we had the message in hand, and       nothing changes: the broker had delivered it to
+    our connection has broken                          another instance, too
     a new message, and the attempt has been executed   the upstream does not count: it becomes the
                                                        next attempt, highest retry_count + 1
 
@@ -133,7 +133,7 @@ class Consumer:
         if again:
             candidates = await self._not_stored_yet(candidates)
         failpoints.reach("before_store")
-        malformed += await self._store(candidates)
+        malformed += await self._store(candidates, again=again)
         if malformed:
             failpoints.reach("before_quarantine")
             await self._quarantine(malformed)
@@ -190,8 +190,11 @@ class Consumer:
                 rest.append(candidate)
         return rest
 
-    async def _store(self, candidates: Sequence["_Candidate"]) -> list[Malformed]:
-        """Store all, repeated attempts by the rules above. Return those that cannot be stored."""
+    async def _store(self, candidates: Sequence["_Candidate"], *, again: bool) -> list[Malformed]:
+        """Store all, repeated attempts by the rules above. Return those that cannot be stored.
+
+        again: an earlier try may still be under way on a slow link, and come through before this one.
+        """
         refused: list[Malformed] = []
         waiting = list(candidates)
         while waiting:
@@ -206,6 +209,8 @@ class Consumer:
             # Of an attempt whose first request cannot be stored, the next one is tried.
             untried = [c for c in rest if first[c.request.attempt] in unstorable]
             repeated = [c for c in rest if first[c.request.attempt] not in unstorable]
+            if again and repeated:
+                repeated = await self._not_stored_yet(repeated)
             onward, at_the_end = await self._next_attempts(repeated)
             refused += at_the_end
             waiting = untried + onward
@@ -233,7 +238,6 @@ class Consumer:
         """Return what must be stored as a next attempt, and what has no next; the rest is only counted."""
         if not repeated:
             return [], []
-        asked_s = time.monotonic()
         states = await self._repository.attempt_states(list({candidate.told for candidate in repeated}))
         answered_s = time.monotonic()
         highest: dict[str, int] = {}  # by message, the given numbers included: each repetition has its own
@@ -248,7 +252,7 @@ class Consumer:
             elif (
                 candidate.delivery.redelivered
                 or state.status == "pending"
-                or _stored_since(candidate.delivery, state.age_s, asked_s, answered_s)
+                or await _given_to_another(candidate.delivery, answered_s - state.age_s)
             ):
                 candidate.delivery.done = True
                 self._metrics.duplicate("ignored")
@@ -323,14 +327,19 @@ def _malformed(delivery: Delivery, problem: MalformedRequest) -> Malformed:
     )
 
 
-def _stored_since(delivery: Delivery, age_s: float, asked_s: float, answered_s: float) -> bool:
-    """Whether an attempt was stored when we had this message already: by somebody who was given it, too.
+async def _given_to_another(delivery: Delivery, stored_s: float) -> bool:
+    """Whether an attempt that was executed came from this very message, by way of another instance.
 
-    age_s: the attempt's, at some moment between question and answer. They lie a second apart on a slow link.
-    Then a message that the broker delivers again, because our connection has ended, is taken for the same.
+    stored_s: when at the latest the attempt was stored, monotonic time. The broker gives to another what
+    we have in hand only if it has ended our connection: while that answers, this is another message.
     """
-    moment_s = answered_s if delivery.connection.closed.done() else asked_s
-    return moment_s - age_s > delivery.received_s
+    if stored_s <= delivery.received_s:
+        return False
+    try:
+        await delivery.connection.round_trip()
+    except Unavailable:
+        return True
+    return False
 
 
 def _short(header: str | None) -> str | None:

@@ -50,6 +50,9 @@ SEARCH_ALL_EVERY_S = 60.0
 # Less than the time between two beats, which wake the claiming loop.
 PROBE_EVERY_S = 0.5
 
+# People do not notice it, and with much malformed input one statement does for all that came meanwhile.
+GATHER_QUARANTINED_S = 0.25
+
 # However short the poll interval is set: each beat is a transaction.
 SHORTEST_POLL_S = 0.1
 
@@ -279,6 +282,8 @@ class Scheduler:
                     still_ours = partial(self._trusts_leases_of, lease.owner)
                     if still_ours():  # otherwise whoever claims next finds them
                         await self._settler.deliver_quarantined(kept, still_ours=still_ours)
+                    if len(kept) < limit_rows:
+                        await asyncio.sleep(GATHER_QUARANTINED_S)
             except Unavailable as problem:  # a later beat will see that something waits
                 log.error(events.QUARANTINE_CLAIM_FAILED, error=problem.problem)
             except Exception:  # a bug of ours: the next claim takes these rows again, after a pause

@@ -278,3 +278,46 @@ async def test_two_instances_that_are_told_of_one_executed_attempt_store_each_re
         sum(service.metrics().value("retry_duplicates_total", kind="stored_as_next") for service in services)
         == 200
     )
+
+
+async def test_what_another_instance_has_executed_while_we_were_frozen_is_not_executed_once_more(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ
+) -> None:
+    """It lies unread in the frozen process's socket, and looks like a new message when that wakes up."""
+    upstream.declare("orders", RETRY_QUEUE)
+    frozen = await start_service()
+    frozen.freeze()
+    message_id = new_id()
+    upstream.ask(make_request(message_id=message_id))
+    await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
+    rabbitmq.ctl("close_all_connections", "--global", "he does not answer")
+    await start_service()
+    await upstream.filled("orders", 1)
+    await eventually(table.settled)
+
+    frozen.thaw()
+    await eventually(lambda: frozen.metrics().value("retry_duplicates_total", kind="ignored") == 1)
+
+    assert await table.statuses() == {"retried": 1}
+    assert [message.retry_id for message in upstream.take("orders")] == [f"{message_id}:0"]
+
+
+async def test_what_came_while_we_were_frozen_is_the_next_attempt_if_the_broker_has_not_given_it_to_others(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    """An upstream that does not count sends it again, and both lie in our socket; another had the first."""
+    upstream.declare("orders", RETRY_QUEUE)
+    frozen, other = await asyncio.gather(start_service(), start_service())
+    frozen.freeze()
+    # The broker takes turns between its two consumers: each gets one of the two.
+    body = make_request(message_id=new_id())
+    upstream.ask(body, body)
+    await upstream.filled("orders", 1)
+    await eventually(lambda: other.metrics().value("retries_executed_total", status="success") == 1)
+
+    frozen.thaw()
+
+    await upstream.filled("orders", 2)
+    await eventually(table.settled)
+    assert await table.statuses() == {"retried": 2}
+    assert frozen.metrics().value("retry_duplicates_total", kind="stored_as_next") == 1

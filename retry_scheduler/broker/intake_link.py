@@ -23,6 +23,7 @@ from typing import Any
 from pika.exceptions import AMQPError
 
 from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
+from retry_scheduler.broker.stalls import Stalls
 from retry_scheduler.broker.topology import connect_with_queues
 from retry_scheduler.errors import Unavailable
 
@@ -38,17 +39,25 @@ class Delivery:
     """One message as it came.
 
     properties: encoded. redelivered: the broker has sent it before. intake_id: a number of ours for
-    this delivery alone; the broker's tags begin anew with each connection. received_s: monotonic time.
+    this delivery alone; the broker's tags begin anew with each connection. received_s: monotonic time;
+    before it the message cannot have come, not even to a process that was frozen.
     done: for the consumer to set once it is stored, quarantined, or known to change nothing.
     """
 
     __slots__ = ("body", "connection", "done", "intake_id", "properties", "received_s", "redelivered", "tag")
 
     def __init__(
-        self, connection: Connection, tag: int, *, redelivered: bool, properties: bytes, body: bytes
+        self,
+        connection: Connection,
+        tag: int,
+        *,
+        redelivered: bool,
+        properties: bytes,
+        body: bytes,
+        received_s: float,
     ) -> None:
         self.intake_id = next(_intake_ids)
-        self.received_s = time.monotonic()
+        self.received_s = received_s
         self.done = False
         self.connection = connection
         self.tag = tag
@@ -84,6 +93,7 @@ class IntakeLink:
         self._something_arrived = asyncio.Event()
         self._unstored = 0  # arrived, over whichever connection, and not acknowledged yet
         self._all_stored = asyncio.Event()
+        self._stalls = Stalls(time.monotonic())
 
     @property
     def up(self) -> bool:
@@ -96,7 +106,9 @@ class IntakeLink:
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
-        await keep_linked(self._session, on_problem=self._on_problem)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._stalls.watch(), name="stalls")
+            await keep_linked(self._session, on_problem=self._on_problem)
 
     async def take(self) -> list[Delivery]:
         """Wait until something has arrived and return it, oldest first, at most a batch."""
@@ -197,7 +209,14 @@ class IntakeLink:
         self, connection: Connection, tag: int, redelivered: bool, properties: bytes, body: bytes
     ) -> None:
         self._unstored += 1
-        delivery = Delivery(connection, tag, redelivered=redelivered, properties=properties, body=body)
+        delivery = Delivery(
+            connection,
+            tag,
+            redelivered=redelivered,
+            properties=properties,
+            body=body,
+            received_s=self._stalls.earliest_s(time.monotonic()),
+        )
         self._arrived.append(delivery)
         self._something_arrived.set()
 
