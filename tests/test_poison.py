@@ -150,3 +150,20 @@ async def test_a_limit_that_was_raised_is_noticed_by_the_next_message_that_is_la
     assert {len(each.body) for each in delivered} == {len(LARGE_PAYLOAD)}
     await eventually(table.settled)
     assert await table.statuses() == {"failed": 1, "retried": len(ids)}
+
+
+async def test_malformed_input_whose_copy_is_too_large_for_the_broker_goes_to_people_without_it(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ
+) -> None:
+    """It came in below the limit; as base64 it is a third larger."""
+    await start_service()
+    body = b"{" * (LIMIT_BYTES * 4 // 5)
+    with message_size_limit(rabbitmq, LIMIT_BYTES):
+        upstream.ask(body)
+        (review,) = await upstream.receive(REVIEW_QUEUE, 1, within=timedelta(seconds=15))
+        await eventually(table.settled)
+
+    kept = await table.row("SELECT id, raw_body FROM retry_quarantine")
+    assert review.review["quarantine_id"] == kept["id"]
+    assert review.review["original_payload"] is None
+    assert kept["raw_body"] == body
