@@ -31,6 +31,7 @@ import structlog
 from retry_scheduler import failpoints
 from retry_scheduler.agenda import Agenda
 from retry_scheduler.backoff import BackoffPolicy, delay_asked_for, delay_before_retry
+from retry_scheduler.broker.connection import Connection
 from retry_scheduler.broker.intake_link import Delivery, IntakeLink
 from retry_scheduler.broker.properties import text_headers
 from retry_scheduler.errors import DataRefused, MalformedRequest, Unavailable
@@ -240,6 +241,13 @@ class Consumer:
             return [], []
         states = await self._repository.attempt_states(list({candidate.told for candidate in repeated}))
         answered_s = time.monotonic()
+
+        def stored_since(candidate: _Candidate) -> bool:
+            state = states.get(candidate.told)
+            return state is not None and answered_s - state.age_s > candidate.delivery.received_s
+
+        # While a connection answers, nobody else was given what it has delivered: that is another message.
+        ended = await _ended({c.delivery.connection for c in repeated if stored_since(c)})
         highest: dict[str, int] = {}  # by message, the given numbers included: each repetition has its own
         onward: list[_Candidate] = []
         at_the_end: list[Malformed] = []
@@ -252,7 +260,7 @@ class Consumer:
             elif (
                 candidate.delivery.redelivered
                 or state.status == "pending"
-                or await _given_to_another(candidate.delivery, answered_s - state.age_s)
+                or (candidate.delivery.connection in ended and stored_since(candidate))
             ):
                 candidate.delivery.done = True
                 self._metrics.duplicate("ignored")
@@ -327,19 +335,15 @@ def _malformed(delivery: Delivery, problem: MalformedRequest) -> Malformed:
     )
 
 
-async def _given_to_another(delivery: Delivery, stored_s: float) -> bool:
-    """Whether an attempt that was executed came from this very message, by way of another instance.
-
-    stored_s: when at the latest the attempt was stored, monotonic time. The broker gives to another what
-    we have in hand only if it has ended our connection: while that answers, this is another message.
-    """
-    if stored_s <= delivery.received_s:
-        return False
-    try:
-        await delivery.connection.round_trip()
-    except Unavailable:
-        return True
-    return False
+async def _ended(connections: Collection[Connection]) -> set[Connection]:
+    """Return those that do not answer any more: what they have delivered may have been given to others."""
+    ended = set()
+    for connection in connections:
+        try:
+            await connection.round_trip()
+        except Unavailable:
+            ended.add(connection)
+    return ended
 
 
 def _short(header: str | None) -> str | None:
