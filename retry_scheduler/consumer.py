@@ -10,8 +10,9 @@ What a repeated attempt means (contract, section 2):
 
     redelivered by the broker                          nothing changes
     a new message, and the attempt is still pending    nothing changes
-    stored while we had the message in hand, and       nothing changes: the broker had delivered it to
-    our connection has broken                          another instance, too
+    the same, but our connection has ended, and it     nothing changes: it came from this very message,
+    was stored after we received the message, or       which the broker has given to another instance
+    from a redelivered one while ours was on its way
     a new message, and the attempt has been executed   the upstream does not count: it becomes the
                                                        next attempt, highest retry_count + 1
 
@@ -31,7 +32,7 @@ import structlog
 from retry_scheduler import failpoints
 from retry_scheduler.agenda import Agenda
 from retry_scheduler.backoff import BackoffPolicy, delay_asked_for, delay_before_retry
-from retry_scheduler.broker.connection import Connection
+from retry_scheduler.broker.connection import HEARTBEAT_S, Connection
 from retry_scheduler.broker.intake_link import Delivery, IntakeLink
 from retry_scheduler.broker.properties import text_headers
 from retry_scheduler.errors import DataRefused, MalformedRequest, Unavailable
@@ -52,6 +53,9 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 TRACE_HEADER_MAX_CHARACTERS = 1024
 
 RETRY_COUNT_MAX = 2**31 - 1
+
+# So long a message may have been on its way to us; on a link that holds it longer the heartbeats fail.
+LONGEST_WAY_S = 3 * HEARTBEAT_S
 REASON_MAX_BYTES = 1024
 
 LOOP = "intake"
@@ -242,12 +246,15 @@ class Consumer:
         states = await self._repository.attempt_states(list({candidate.told for candidate in repeated}))
         answered_s = time.monotonic()
 
-        def stored_since(candidate: _Candidate) -> bool:
+        def perhaps_from_it(candidate: _Candidate) -> bool:
             state = states.get(candidate.told)
-            return state is not None and answered_s - state.age_s > candidate.delivery.received_s
+            if state is None:
+                return False
+            way_s = LONGEST_WAY_S if state.redelivered else 0.0
+            return answered_s - state.age_s > candidate.delivery.received_s - way_s
 
         # While a connection answers, nobody else was given what it has delivered: that is another message.
-        ended = await _ended({c.delivery.connection for c in repeated if stored_since(c)})
+        ended = await _ended({c.delivery.connection for c in repeated if perhaps_from_it(c)})
         highest: dict[str, int] = {}  # by message, the given numbers included: each repetition has its own
         onward: list[_Candidate] = []
         at_the_end: list[Malformed] = []
@@ -260,7 +267,7 @@ class Consumer:
             elif (
                 candidate.delivery.redelivered
                 or state.status == "pending"
-                or (candidate.delivery.connection in ended and stored_since(candidate))
+                or (candidate.delivery.connection in ended and perhaps_from_it(candidate))
             ):
                 candidate.delivery.done = True
                 self._metrics.duplicate("ignored")

@@ -36,12 +36,14 @@ class Stored(msgspec.Struct):
 class AttemptState(msgspec.Struct):
     """How a stored attempt stands. highest: the highest retry_count stored for its message.
 
-    age_s: since it was stored, by the database's clock.
+    age_s: since it was stored, by the database's clock. redelivered: whether the broker had delivered before
+    the message that it came from.
     """
 
     status: str
     highest: int
     age_s: float
+    redelivered: bool
 
 
 class Malformed(msgspec.Struct):
@@ -177,8 +179,8 @@ class Repository:
             "attempt_states", [attempt[0] for attempt in attempts], [attempt[1] for attempt in attempts]
         )
         return {
-            (str(message_id), retry_count): AttemptState(status, highest, age_s)
-            for message_id, retry_count, status, highest, age_s in rows
+            (str(message_id), retry_count): AttemptState(status, highest, age_s, redelivered)
+            for message_id, retry_count, status, highest, age_s, redelivered in rows
         }
 
     async def quarantine(self, malformed: Sequence[Malformed]) -> set[int]:

@@ -321,3 +321,27 @@ async def test_what_came_while_we_were_frozen_is_the_next_attempt_if_the_broker_
     await eventually(table.settled)
     assert await table.statuses() == {"retried": 2}
     assert frozen.metrics().value("retry_duplicates_total", kind="stored_as_next") == 1
+
+
+async def test_what_another_instance_has_executed_while_it_was_on_its_way_to_us_is_not_executed_once_more(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ, vhost: str
+) -> None:
+    """On a slow link it arrives when the broker has long ended that connection; the end is behind it."""
+    upstream.declare("orders", RETRY_QUEUE)
+    with proxies(rabbitmq.port) as (to_rabbitmq,):
+        far = await start_service(RABBITMQ_URL=through(to_rabbitmq, vhost))
+        to_rabbitmq.slow_down(latency_s=3)
+        message_id = new_id()
+        upstream.ask(make_request(message_id=message_id))
+        await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
+        rabbitmq.ctl("close_all_connections", "--global", "the link is slow")
+        await start_service()
+        await upstream.filled("orders", 1)
+        await eventually(table.settled)
+        assert far.metrics().value("retry_duplicates_total") == 0, "it has not come yet"
+
+        await eventually(lambda: far.metrics().value("retry_duplicates_total") == 1)
+
+    assert far.metrics().value("retry_duplicates_total", kind="ignored") == 1
+    assert await table.statuses() == {"retried": 1}
+    assert [message.retry_id for message in upstream.take("orders")] == [f"{message_id}:0"]

@@ -39,8 +39,8 @@ class Delivery:
     """One message as it came.
 
     properties: encoded. redelivered: the broker has sent it before. intake_id: a number of ours for
-    this delivery alone; the broker's tags begin anew with each connection. received_s: monotonic time;
-    before it the message cannot have come, not even to a process that was frozen.
+    this delivery alone, negative if redelivered; the broker's tags begin anew with each connection.
+    received_s: monotonic time; before it the message had not come, not even to a process that was frozen.
     done: for the consumer to set once it is stored, quarantined, or known to change nothing.
     """
 
@@ -56,7 +56,7 @@ class Delivery:
         body: bytes,
         received_s: float,
     ) -> None:
-        self.intake_id = next(_intake_ids)
+        self.intake_id = -next(_intake_ids) if redelivered else next(_intake_ids)
         self.received_s = received_s
         self.done = False
         self.connection = connection

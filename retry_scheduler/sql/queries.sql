@@ -46,10 +46,11 @@ SELECT told.intake_id, task.retry_count, task.next_retry_at,
 -- Tell how attempts stand that a new message repeats.
 -- $1, $2 arrays of equal length: message_id, retry_count.
 -- Returns one row for each that is stored: message_id, retry_count, status, highest retry_count of that
--- message, age_s since it was stored.
+-- message, age_s since it was stored, redelivered: whether the message it came from was.
 SELECT told.message_id, told.retry_count, task.status,
        (SELECT max(other.retry_count) FROM retry_queue AS other WHERE other.message_id = told.message_id) AS highest,
-       extract(epoch FROM clock_timestamp() - task.created_at)::float8 AS age_s
+       extract(epoch FROM clock_timestamp() - task.created_at)::float8 AS age_s,
+       coalesce(task.intake_id < 0, false) AS redelivered
   FROM unnest($1::uuid[], $2::integer[]) AS told (message_id, retry_count)
   JOIN retry_queue AS task USING (message_id, retry_count);
 
