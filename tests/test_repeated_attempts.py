@@ -280,6 +280,20 @@ async def test_two_instances_that_are_told_of_one_executed_attempt_store_each_re
     )
 
 
+async def executed_by_another(
+    start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ
+) -> str:
+    """Have one request sent to the only instance, then its connection ended, and another execute it."""
+    message_id = new_id()
+    upstream.ask(make_request(message_id=message_id))
+    await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
+    rabbitmq.ctl("close_all_connections", "--global", "given to another")
+    await start_service()
+    await upstream.filled("orders", 1)
+    await eventually(table.settled)
+    return message_id
+
+
 async def test_what_another_instance_has_executed_while_we_were_frozen_is_not_executed_once_more(
     start_service: StartService, upstream: Upstream, table: Table, rabbitmq: PrivateRabbitMQ
 ) -> None:
@@ -287,13 +301,7 @@ async def test_what_another_instance_has_executed_while_we_were_frozen_is_not_ex
     upstream.declare("orders", RETRY_QUEUE)
     frozen = await start_service()
     frozen.freeze()
-    message_id = new_id()
-    upstream.ask(make_request(message_id=message_id))
-    await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
-    rabbitmq.ctl("close_all_connections", "--global", "he does not answer")
-    await start_service()
-    await upstream.filled("orders", 1)
-    await eventually(table.settled)
+    message_id = await executed_by_another(start_service, upstream, table, rabbitmq)
 
     frozen.thaw()
     await eventually(lambda: frozen.metrics().value("retry_duplicates_total", kind="ignored") == 1)
@@ -331,13 +339,7 @@ async def test_what_another_instance_has_executed_while_it_was_on_its_way_to_us_
     with proxies(rabbitmq.port) as (to_rabbitmq,):
         far = await start_service(RABBITMQ_URL=through(to_rabbitmq, vhost))
         to_rabbitmq.slow_down(latency_s=3)
-        message_id = new_id()
-        upstream.ask(make_request(message_id=message_id))
-        await eventually(lambda: upstream.depth(RETRY_QUEUE) == 0)
-        rabbitmq.ctl("close_all_connections", "--global", "the link is slow")
-        await start_service()
-        await upstream.filled("orders", 1)
-        await eventually(table.settled)
+        message_id = await executed_by_another(start_service, upstream, table, rabbitmq)
         assert far.metrics().value("retry_duplicates_total") == 0, "it has not come yet"
 
         await eventually(lambda: far.metrics().value("retry_duplicates_total") == 1)
