@@ -191,7 +191,7 @@ async def receive(scene: Scene, wave: Wave, point: Point, action: str) -> None:
 
 
 async def receive_mixed(scene: Scene, wave: Wave, point: Point, action: str) -> None:
-    """Have an instance receive as many malformed messages as good ones."""
+    """Have an instance receive as many malformed messages as good ones, and a malformed one first."""
     wave.malformed = [f"{wave.queue} {number}".encode() for number in range(len(wave.good))]
     await receive(scene, wave, point, action)
 
@@ -250,7 +250,8 @@ def _ask(scene: Scene, wave: Wave, *, retry_after_ms: int) -> None:
         make_request(message_id=message_id, original_queue=wave.queue, retry_after_ms=retry_after_ms)
         for message_id in wave.good
     ]
-    pairs = zip_longest(good, wave.malformed)
+    # A malformed one is in the first batch already: of good ones alone, some would be sent before the fault.
+    pairs = zip_longest(wave.malformed, good)
     scene.upstream.ask_for_many([body for pair in pairs for body in pair if body])
 
 
