@@ -276,7 +276,7 @@ def _sorted_errors() -> Iterator[None]:
         sqlstate = error.sqlstate or "unknown"
         # Other violations (a unique key, a foreign trigger) are the table's trouble, not the message's.
         if sqlstate[:2] == "22" or sqlstate == "23514":
-            raise DataRefused(_first_line(error), sqlstate=sqlstate) from error
+            raise DataRefused(_first_line(error), sqlstate=sqlstate, detail=error.detail or "") from error
         problem = f"{_first_line(error)} (SQLSTATE {sqlstate})"
         if sqlstate[:2] in _STATEMENT_REFUSED:
             raise StatementRefused(SERVER, problem, sqlstate=sqlstate) from error

@@ -52,11 +52,13 @@ class DataRefused(RetrySchedulerError):
     """PostgreSQL refuses a value (SQLSTATE class 22, or 23514). Repeating the statement cannot help.
 
     sqlstate: the five characters of the SQLSTATE, or "client" where the driver could not encode the value.
+    detail: in the server's language; it may show the row, whose values do not belong in a log.
     """
 
-    def __init__(self, problem: str, *, sqlstate: str) -> None:
+    def __init__(self, problem: str, *, sqlstate: str, detail: str = "") -> None:
         super().__init__(f"PostgreSQL refuses a value: {problem} (SQLSTATE {sqlstate})")
         self.sqlstate = sqlstate
+        self.detail = detail
 
 
 class MalformedRequest(RetrySchedulerError):

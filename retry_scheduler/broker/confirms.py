@@ -38,18 +38,23 @@ class ConfirmBatch:
     def __init__(self, size: int) -> None:
         self.outcomes: list[Outcome | None] = [None] * size
         self._new: list[tuple[int, Outcome]] = []
-        self._open = size
+        self.open = size  # how many have no outcome yet
         self.done: asyncio.Event = asyncio.Event()
         if size == 0:
             self.done.set()
+
+    @property
+    def has_new(self) -> bool:
+        """Whether something has been settled since the last call of `take_new`."""
+        return bool(self._new)
 
     def settle(self, place: int, outcome: Outcome) -> None:
         """Note the outcome of the publication at `place`; only the first one counts."""
         if self.outcomes[place] is None:
             self.outcomes[place] = outcome
             self._new.append((place, outcome))
-            self._open -= 1
-            if self._open == 0:
+            self.open -= 1
+            if self.open == 0:
                 self.done.set()
 
     def settle_rest(self, outcome: Outcome) -> None:

@@ -29,6 +29,7 @@ from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
 from retry_scheduler.broker.properties import text_headers
 from retry_scheduler.broker.size_limit import SizeLimit
 from retry_scheduler.broker.topology import connect_with_queues
+from retry_scheduler.broker.waves import quiet
 from retry_scheduler.errors import ContentRefused, Unavailable
 from retry_scheduler.observability import events
 
@@ -45,9 +46,6 @@ SLOWEST_BYTES_PER_S = 2 * 1024 * 1024
 # After so long, the broker is asked whether it answers at all. If so, the queue is slow.
 SLOW_AFTER_S = 1.0
 ASK_EVERY_S = 0.5
-
-# How long outcomes may wait for the rest of their batch.
-WAVE_S = 0.1
 
 # The header by which a returned message is recognised; unique among those outstanding.
 RETRY_ID = "x-retry-id"
@@ -191,7 +189,7 @@ class PublishLink:
         await self._write(batch, publications, may_go_on)
         began_s = time.monotonic()
         while True:
-            await _done_within(batch, WAVE_S)
+            await quiet(batch)
             # Asked before taking: what comes while the caller works on a wave must come out, too.
             finished = batch.done.is_set()
             wave = batch.take_new()
@@ -367,9 +365,3 @@ class PublishLink:
         self._proven = True
         self._heard_at_s = time.monotonic()
         ledger.answered(method.delivery_tag, multiple=method.multiple, accepted=method.NAME == "Basic.Ack")
-
-
-async def _done_within(batch: ConfirmBatch, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await batch.done.wait()
