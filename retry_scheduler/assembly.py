@@ -12,6 +12,7 @@ from retry_scheduler.agenda import Agenda
 from retry_scheduler.backoff import BackoffPolicy
 from retry_scheduler.broker.intake_link import IntakeLink
 from retry_scheduler.broker.publish_link import PublishLink
+from retry_scheduler.broker.spare_links import SpareLinks
 from retry_scheduler.consumer import Consumer
 from retry_scheduler.database import Database, DatabaseAddress
 from retry_scheduler.errors import Unavailable
@@ -42,6 +43,7 @@ class Instance:
     repository: Repository
     intake: IntakeLink
     link: PublishLink
+    spare_links: SpareLinks
     consumer: Consumer
     scheduler: Scheduler
     pause: Pause
@@ -116,9 +118,10 @@ def assemble(settings: Settings, stop: asyncio.Event, tracing: "Tracing | None" 
         cap=timedelta(milliseconds=settings.max_delay_ms),
         jitter=timedelta(milliseconds=settings.jitter_ms),
     )
+    spare_links = SpareLinks(lambda: link.another(f"{settings.service_name} spare publisher {name}"))
     publisher = Publisher(
         link,
-        spare_link=lambda: link.another(f"{settings.service_name} spare publisher {name}"),
+        spare_links=spare_links,
         manual_review_queue=settings.manual_review_queue,
     )
     settler = Settler(
@@ -161,6 +164,7 @@ def assemble(settings: Settings, stop: asyncio.Event, tracing: "Tracing | None" 
         repository=repository,
         intake=intake,
         link=link,
+        spare_links=spare_links,
         consumer=consumer,
         scheduler=scheduler,
         pause=pause,

@@ -3,7 +3,6 @@
 Section 3 of the contract is here. Which of the two ways a message takes is the settler's decision.
 """
 
-import asyncio
 import base64
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -14,6 +13,7 @@ import structlog
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.properties import encode_properties
 from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.broker.spare_links import SpareLinks
 from retry_scheduler.messages import ERROR_REASON_MAX_BYTES, ClaimedQuarantine, ClaimedRetry, storable_text
 from retry_scheduler.observability import events
 
@@ -142,12 +142,10 @@ class Publisher:
     large for the broker: whoever has raised the limit need not tell us.
     """
 
-    def __init__(
-        self, link: PublishLink, *, spare_link: Callable[[], PublishLink], manual_review_queue: str
-    ) -> None:
-        """spare_link: makes a link that is not running yet, for what must travel alone."""
+    def __init__(self, link: PublishLink, *, spare_links: SpareLinks, manual_review_queue: str) -> None:
+        """spare_links: for what must travel alone."""
         self._link = link
-        self._spare_link = spare_link
+        self._spare_links = spare_links
         self._review_queue = manual_review_queue
 
     def publish(
@@ -224,9 +222,7 @@ class Publisher:
     async def _send_alone(
         self, places: Sequence[int], build: Build, still_ours: Callable[[], bool], accuse: Accuse
     ) -> AsyncIterator[Wave]:
-        link = self._spare_link()
-        running = asyncio.create_task(link.run(), name="spare link")
-        try:
+        async with self._spare_links.lent() as link:
             for index, place in enumerate(places):
                 await link.wait_until_ready(SPARE_LINK_TIMEOUT_S)
                 if link.ready:
@@ -242,9 +238,6 @@ class Publisher:
                     if outcome is Outcome.CONFIRMED:
                         self._link.size_limit.confirmed(len(publication.body))
                     yield [(place, outcome)]
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
 
 
 def _built(build: Build, place: int) -> Publication | None:

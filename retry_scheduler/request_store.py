@@ -10,7 +10,7 @@ for what it has stored.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 
 from retry_scheduler.agenda import Agenda
@@ -21,6 +21,9 @@ from retry_scheduler.observability import events, logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.repeated_attempts import Candidate, Refusals, RepeatedAttempts, fields
 from retry_scheduler.repository import Attempt, Repository, Stored
+
+# So many suspected rows are tried one by one: if most of them are bad, parting them further takes longer.
+FEW = 16
 
 
 class RequestStore:
@@ -42,6 +45,7 @@ class RequestStore:
         self._policy = policy
         self._on_step = on_step
         self._repeated_attempts = RepeatedAttempts(repository, metrics)
+        self._refused_queues: set[str] = set()  # of the last batch, if nothing else went there
 
     async def store(self, candidates: Sequence[Candidate], *, again: bool = False) -> Refusals:
         """Store all, repeated attempts by the rules. Return those that cannot be stored.
@@ -57,7 +61,7 @@ class RequestStore:
             first: dict[Attempt, Candidate] = {}
             for candidate in waiting:
                 first.setdefault(candidate.request.attempt, candidate)
-            stored, unstorable = await self._insert(list(first.values()))
+            stored, unstorable = await self._insert_all(list(first.values()))
             self._report(first, stored)
             refused |= unstorable
             rest = [c for c in waiting if not c.delivery.done and c not in unstorable]
@@ -84,19 +88,33 @@ class RequestStore:
                 rest.append(candidate)
         return rest
 
-    async def _insert(self, candidates: Sequence[Candidate]) -> tuple[dict[Attempt, Stored], Refusals]:
+    async def _insert_all(self, candidates: Sequence[Candidate]) -> tuple[dict[Attempt, Stored], Refusals]:
         """Store attempts, and find those that PostgreSQL refuses: each of them was refused alone."""
+        stored: dict[Attempt, Stored] = {}
+        refused: Refusals = {}
+        parts = _apart(
+            candidates, {c for c in candidates if c.request.original_queue in self._refused_queues}
+        )
+        while parts:
+            part = parts.pop()
+            if not part:
+                continue
+            try:
+                stored |= await self._insert(part)
+            except DataRefused as problem:
+                if len(part) > 1:
+                    parts += _parted(part, problem.detail)
+                else:
+                    refused[part[0]] = MalformedRequest("body", str(problem))
+        self._refused_queues = _queues(refused)
+        if refused:
+            self._refused_queues -= _queues(each for each in candidates if each not in refused)
+        return stored, refused
+
+    async def _insert(self, candidates: Sequence[Candidate]) -> dict[Attempt, Stored]:
         self._on_step()
         requests = [candidate.request for candidate in candidates]
-        try:
-            return await self._repository.store(requests, [self._delay(request) for request in requests]), {}
-        except DataRefused as problem:
-            if len(candidates) == 1:
-                return {}, {candidates[0]: MalformedRequest("body", str(problem))}
-            suspected, others = _parted(candidates, problem.detail)
-        stored, refused = await self._insert(others)
-        more_stored, more_refused = await self._insert(suspected)
-        return stored | more_stored, refused | more_refused
+        return await self._repository.store(requests, [self._delay(request) for request in requests])
 
     def _delay(self, request: RetryRequest) -> timedelta:
         if request.retry_count >= request.max_retries:
@@ -123,17 +141,27 @@ class RequestStore:
         self._agenda.expect(entry.due_in_s for entry in stored.values())
 
 
-def _parted(candidates: Sequence[Candidate], detail: str) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
-    """Part what PostgreSQL has refused as a whole, so that one part is likely to hold all that is bad.
+def _parted(candidates: Sequence[Candidate], detail: str) -> list[list[Candidate]]:
+    """Part what PostgreSQL has refused as a whole, so that all that is bad is likely to be in few parts.
 
     detail: of the refusal. That of a constraint shows the row, and so the message; what else goes to its
     queue is suspected with it. Only likely: an error text in the row may name other messages.
     """
-    named = [each for each in candidates if each.request.message_id in detail]
-    queues = {each.request.original_queue for each in named}
-    for suspected in ([each for each in candidates if each.request.original_queue in queues], named):
-        others = set(candidates).difference(suspected)
-        if suspected and others:
-            return suspected, [each for each in candidates if each in others]
+    named = {each for each in candidates if each.request.message_id in detail}
+    queues = _queues(named)
+    for suspected in ({each for each in candidates if each.request.original_queue in queues}, named):
+        if 0 < len(suspected) < len(candidates):
+            return _apart(candidates, suspected)
     middle = len(candidates) // 2
-    return candidates[:middle], candidates[middle:]
+    return [list(candidates[:middle]), list(candidates[middle:])]
+
+
+def _queues(candidates: Iterable[Candidate]) -> set[str]:
+    return {candidate.request.original_queue for candidate in candidates}
+
+
+def _apart(candidates: Sequence[Candidate], suspected: set[Candidate]) -> list[list[Candidate]]:
+    """Return the suspected ones, each alone if they are few, and the others; either may be empty."""
+    others = [each for each in candidates if each not in suspected]
+    rest = [each for each in candidates if each in suspected]
+    return [*([each] for each in rest), others] if len(rest) <= FEW else [rest, others]

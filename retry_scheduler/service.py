@@ -123,7 +123,10 @@ class Service:
 
     async def _work(self) -> None:
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
-        links = [self._start_part("publish link", self._parts.link.run())]
+        links = [
+            self._start_part("publish link", self._parts.link.run()),
+            self._start_part("spare links", self._parts.spare_links.run()),
+        ]
         try:
             await _first_of(self._open_database(), stopping)
             if not self._stop.is_set():

@@ -43,11 +43,10 @@ async def test_what_postgresql_refuses_goes_to_people_and_nothing_else_does(
     service = await start_service()
     good, bad = [new_id() for _ in range(150)], [new_id() for _ in range(50)]
     requests = [make_request(message_id=each, original_queue="orders", retry_after_ms=0) for each in good]
-    # The error text of a bad one names a good one, and the server's refusal shows both.
-    requests[100:100] = [
-        make_request(message_id=each, original_queue=bad_queue, error_reason=f"bad, see {good[place]}")
-        for place, each in enumerate(bad)
-    ]
+    # The error text of a bad one names the good one behind it, and the server's refusal shows both.
+    for place, each in reversed(list(enumerate(bad))):
+        reason = f"bad, see {good[place]}"
+        requests.insert(place, make_request(message_id=each, original_queue=bad_queue, error_reason=reason))
     upstream.ask_for_many(requests)
 
     received = await upstream.receive("orders", len(good))

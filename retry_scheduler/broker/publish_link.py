@@ -121,6 +121,11 @@ class PublishLink:
         return self.ready and self._proven
 
     @property
+    def at_rest(self) -> bool:
+        """Whether it is ready, nothing is outstanding, and no queue is known to be slow."""
+        return self.ready and not self._ledger and self._breaker.idle
+
+    @property
     def slow(self) -> int:
         """How many publications wait for queues that are slow, while the broker answers."""
         return sum(self._slow.values())

@@ -27,6 +27,11 @@ class SizeLimit:
         self._limit_bytes = int(said[1])
         return self._limit_bytes
 
+    @property
+    def known(self) -> bool:
+        """Whether the broker has refused something over its size, and taken nothing larger since."""
+        return self._limit_bytes is not None
+
     def admits(self, body_bytes: int) -> bool:
         """Whether the broker may take a body of this size."""
         return self._limit_bytes is None or body_bytes <= self._limit_bytes
