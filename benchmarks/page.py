@@ -95,7 +95,7 @@ def _tables(measured: Mapping[str, Figures]) -> dict[str, str]:
         )
     if poison := measured.get("poison"):
         tables["poison"] = _table(
-            ("among the others", "one in", "retries/s of the others", "without it", "share"),
+            ("among the others", "one in", "retries/s of the others", "without it", "share", "each costs"),
             (
                 (
                     each["name"],
@@ -103,6 +103,7 @@ def _tables(measured: Mapping[str, Figures]) -> dict[str, str]:
                     f"{each['rate_per_s']:,.0f}",
                     f"{each['clean_per_s']:,.0f}",
                     f"{each['share']:.2f}",
+                    f"{each['each_costs_ms']:,.1f} ms",
                 )
                 for each in poison["poisons"]
             ),

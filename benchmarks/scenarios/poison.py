@@ -16,7 +16,7 @@ from itertools import islice
 
 import asyncpg
 
-from benchmarks.bed import Bed, Place
+from benchmarks.bed import Bed, Place, Program
 from benchmarks.contestants import ERROR, TUNED, Service
 from benchmarks.figures import median
 from benchmarks.load import ORDERS, PAYLOAD_BASE64, REQUESTS, Load, Message, load, messages
@@ -34,6 +34,7 @@ LIMIT_S = 180
 SETTINGS = TUNED
 DUE_AT_ONCE_MS = 1
 
+REVIEW = "manual-review.pending"
 OTHERS, NOWHERE, HANGING = "bench.others", "bench.nowhere", "bench.hanging"
 SUSPECTED, REFUSED = "bench.suspected", "bench.refused"
 
@@ -165,6 +166,40 @@ ABOVE_THE_LIMIT = Poison(
 ALL_KINDS = (*POISONS, ABOVE_THE_LIMIT)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast the good ones went. cpu_us: of the service and both servers, for each good one."""
+
+    rate_per_s: float
+    cpu_us: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A service under load, and what its pace is."""
+
+    at: Bed
+    place: Place
+    both: Load
+    programs: Sequence[Program]
+
+    async def pace(self, good: Sequence[Made], poison: Poison | None = None) -> Pace:
+        """Return how the good ones went, until the last has arrived. Nothing else stays behind."""
+        self.at.settle()
+        made = _mixed(good, poison) if poison else good
+        wanted = len(self.both.arrivals) + len(good)
+        before = self.place.usage(self.programs)
+        began = time.monotonic()
+        async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as sides:
+            sides.create_task(self.both.send(made))
+            sides.create_task(self.both.receive(wanted))
+        took_s = time.monotonic() - began
+        used_us = self.place.usage(self.programs).per_retry_us(before, len(good))
+        await _forget(self.place)
+        cpu_us = sum(used_us[who] for who in ("program", "rabbitmq", "postgres"))
+        return Pace(len(good) / took_s, cpu_us)
+
+
 async def _measure(at: Bed, options: Options) -> Figures:
     count = options.scaled(*REQUEST_COUNT)
     runs: dict[str, list[Figures]] = {poison.name: [] for poison in ALL_KINDS}
@@ -173,11 +208,11 @@ async def _measure(at: Bed, options: Options) -> Figures:
         with at.place(f"poison_{turn}") as place:
             place.migrate()
             async with load(place.url, REQUESTS, OTHERS, HANGING, SUSPECTED) as both:
-                async with Service(SETTINGS).running(place):
-                    await _take_turns(at, place, both, POISONS, count, runs)
+                async with Service(SETTINGS).running(place) as programs:
+                    await _take_turns(Trial(at, place, both, programs), POISONS, count, runs)
                 with small_messages_only(place):
-                    async with Service(SETTINGS).running(place):
-                        await _take_turns(at, place, both, (ABOVE_THE_LIMIT,), count, runs)
+                    async with Service(SETTINGS).running(place) as programs:
+                        await _take_turns(Trial(at, place, both, programs), (ABOVE_THE_LIMIT,), count, runs)
                 duplicates += both.repeated
     return {
         "requests": count,
@@ -192,41 +227,30 @@ async def _measure(at: Bed, options: Options) -> Figures:
 
 
 def _together(runs: Sequence[Figures]) -> Figures:
-    figures = {name: median(run[name] for run in runs) for name in ("rate_per_s", "clean_per_s", "share")}
-    return {**figures, "shares": [run["share"] for run in runs]}
+    names = ("rate_per_s", "clean_per_s", "share", "each_costs_ms")
+    return {name: median(run[name] for run in runs) for name in names} | {
+        "shares": [run["share"] for run in runs]
+    }
 
 
 async def _take_turns(
-    at: Bed,
-    place: Place,
-    both: Load,
-    poisons: Sequence[Poison],
-    count: int,
-    runs: dict[str, list[Figures]],
+    trial: Trial, poisons: Sequence[Poison], count: int, runs: dict[str, list[Figures]]
 ) -> None:
-    await _rate_per_s(at, place, both, _made(count // 5))  # the first second of a service is slow
+    await trial.pace(_made(count // 5))  # the first second of a service is slow
     for poison in poisons:
-        clean = await _rate_per_s(at, place, both, _made(count))
-        async with poison.trap(place):
-            rate = await _rate_per_s(at, place, both, _made(count), poison)
-        runs[poison.name].append({"rate_per_s": rate, "clean_per_s": clean, "share": rate / clean})
-        say(f"{poison.name}: {rate:,.0f}/s beside {clean:,.0f}/s without: {rate / clean:.2f}")
-
-
-async def _rate_per_s(
-    at: Bed, place: Place, both: Load, good: Sequence[Made], poison: Poison | None = None
-) -> float:
-    """Return how many good retries a second arrived, until the last of them. Nothing else stays behind."""
-    at.settle()
-    made = _mixed(good, poison) if poison else good
-    wanted = len(both.arrivals) + len(good)
-    began = time.monotonic()
-    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as sides:
-        sides.create_task(both.send(made))
-        sides.create_task(both.receive(wanted))
-    took_s = time.monotonic() - began
-    await _forget(place)
-    return len(good) / took_s
+        clean = await trial.pace(_made(count))
+        async with poison.trap(trial.place):
+            mixed = await trial.pace(_made(count), poison)
+        share = mixed.rate_per_s / clean.rate_per_s
+        runs[poison.name].append(
+            {
+                "rate_per_s": mixed.rate_per_s,
+                "clean_per_s": clean.rate_per_s,
+                "share": share,
+                "each_costs_ms": (mixed.cpu_us - clean.cpu_us) * count / len(_among(count, poison)) / 1000,
+            }
+        )
+        say(f"{poison.name}: {mixed.rate_per_s:,.0f}/s beside {clean.rate_per_s:,.0f}/s without: {share:.2f}")
 
 
 def _made(count: int, poison: Poison | None = None) -> list[Made]:
@@ -246,9 +270,14 @@ def _made(count: int, poison: Poison | None = None) -> list[Made]:
     ]
 
 
+def _among(count: int, poison: Poison) -> range:
+    """Return the places of the poison among so many good ones."""
+    return range(min(poison.one_in, count) // 2, count, poison.one_in)
+
+
 def _mixed(good: Sequence[Made], poison: Poison) -> list[Made]:
     """Return the good ones with the poison spread evenly among them: always one behind the first few."""
-    among = range(min(poison.one_in, len(good)) // 2, len(good), poison.one_in)
+    among = _among(len(good), poison)
     spread = dict(zip(among, _made(len(among), poison), strict=True))
     mixed: list[Made] = []
     for place, each in enumerate(good):
@@ -259,7 +288,7 @@ def _mixed(good: Sequence[Made], poison: Poison) -> list[Made]:
 
 
 async def _forget(place: Place) -> None:
-    """Have nothing left to do, however often a statement meets the service's in the middle of their rows."""
+    """Have nothing left, however often a statement meets the service's in the middle of their rows."""
     for statement in FORGET:
         while True:
             try:
@@ -267,6 +296,7 @@ async def _forget(place: Place) -> None:
                 break
             except asyncpg.DeadlockDetectedError:
                 say("what is left is being settled; removing it again")
+    await asyncio.to_thread(place.rabbitmq.ctl, "purge_queue", "--vhost", place.name, REVIEW)
 
 
 async def _execute(place: Place, statements: str) -> None:
@@ -282,7 +312,8 @@ def _rows(figures: Figures) -> list[Row]:
         Row(
             each["name"],
             f"{each['share']:.2f} of the rate without",
-            f"one in {each['one_in']:,}; {each['rate_per_s']:,.0f} beside {each['clean_per_s']:,.0f}/s"
+            f"one in {each['one_in']:,}; {each['rate_per_s']:,.0f} beside {each['clean_per_s']:,.0f}/s;"
+            f" each costs {max(each['each_costs_ms'], 0):.1f} ms of processor"
             + ("" if each["share"] >= figures["bound"] else f"; below the promise of {figures['bound']}"),
         )
         for each in figures["poisons"]

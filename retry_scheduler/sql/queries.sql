@@ -60,8 +60,8 @@ SELECT told.message_id, told.retry_count, task.status,
 -- Returns one row for each newly kept, also if a lost answer makes this a repetition: intake_id.
 WITH incoming AS (
     SELECT *
-      FROM unnest($1::bytea[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::boolean[], $7::bigint[])
-        AS message (sha256, field, reason, raw_body, raw_properties, redelivered, intake_id)
+      FROM unnest($1::bytea[], $2::text[], $3::text[], $6::boolean[], $7::bigint[]) WITH ORDINALITY
+        AS message (sha256, field, reason, redelivered, intake_id, place)
 ), kept_already AS (
     SELECT incoming.intake_id
       FROM incoming
@@ -75,7 +75,8 @@ WITH incoming AS (
     RETURNING kept.sha256
 ), kept_now AS (
     INSERT INTO retry_quarantine (sha256, field, reason, raw_body, raw_properties, intake_id)
-    SELECT sha256, field, reason, raw_body, raw_properties, intake_id
+    -- Not through `incoming`, which would be written to a temporary file where a body is large.
+    SELECT sha256, field, reason, ($4::bytea[])[place], ($5::bytea[])[place], intake_id
       FROM incoming
      WHERE intake_id NOT IN (SELECT intake_id FROM kept_already)
        AND (NOT redelivered OR sha256 NOT IN (SELECT sha256 FROM seen_before))
