@@ -313,7 +313,7 @@ def _rows(figures: Figures) -> list[Row]:
             each["name"],
             f"{each['share']:.2f} of the rate without",
             f"one in {each['one_in']:,}; {each['rate_per_s']:,.0f} beside {each['clean_per_s']:,.0f}/s;"
-            f" each costs {max(each['each_costs_ms'], 0):.1f} ms of processor"
+            f" each costs {each['each_costs_ms']:.1f} ms of processor"
             + ("" if each["share"] >= figures["bound"] else f"; below the promise of {figures['bound']}"),
         )
         for each in figures["poisons"]
