@@ -23,7 +23,7 @@ unit-trial: setup  ## Run the systemd unit under a real systemd in namespaces; a
 check: setup-python  ## Check format, lint, types, layers, dependencies and file lengths
 	@scripts/check
 
-bench: setup-servers  ## Measure speed and lateness (ARGS=--all: beside yardsticks, half an hour; ARGS=--help)
+bench: setup-servers  ## Measure speed and lateness (ARGS=--all: beside yardsticks, 35 minutes; ARGS=--help)
 	@.venv/bin/python -m benchmarks.suite $(ARGS)
 
 chaos: setup-servers  ## Break everything for MINUTES=5 and check what became of every message (SEED= repeats a run)

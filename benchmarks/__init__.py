@@ -1,1 +1,1 @@
-"""Speed and punctuality, measured on private servers. `make bench` runs `benchmarks.burst`."""
+"""Speed and punctuality, measured on private servers. `make bench` runs `benchmarks.suite`."""

@@ -17,7 +17,7 @@ from benchmarks.load import ORDERS, PAYLOAD_BASE64, REQUESTS, Message
 from benchmarks.yardsticks import celery_message, native
 from benchmarks.yardsticks.common import BASE_DELAY, READY
 from retry_scheduler.broker.properties import encode_properties
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication
+from retry_scheduler.broker.publication import RETRY_ID, Publication
 
 TUNED = {"RABBITMQ_PREFETCH": "1000"}
 AT_ONCE = {"BASE_DELAY_MS": "1", "JITTER_MS": "0"}

@@ -16,7 +16,8 @@ from itertools import islice
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.intake_link import IntakeLink
 from retry_scheduler.broker.properties import text_headers
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.broker.publication import RETRY_ID, Publication
+from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.errors import Unavailable
 
 REQUESTS = "retry.scheduled"

@@ -1,6 +1,6 @@
-"""`make bench-docs`: writes docs/performance.md and its pictures from benchmarks/results/latest.json.
+"""`make bench-docs`: docs/performance.md, its pictures and README's figures, from results/latest.json.
 
-No figure in that page is typed by hand. The words are in performance.template.md, in which
+None of these figures is typed by hand. The words are in performance.template.md and readme.template.md:
     {burst[ratios][PgQueuer]:.1f}       is a figure, formatted as Python does
     [[if soak]] ... [[else]] ... [[end]] depends on whether a scenario has been measured
 """
@@ -20,7 +20,11 @@ from benchmarks.scenario import Figures
 
 DOCS = CHECKOUT / "docs"
 TEMPLATE = Path(__file__).with_name("performance.template.md")
+README = CHECKOUT / "README.md"
+README_TEMPLATE = Path(__file__).with_name("readme.template.md")
+README_NEEDS = ("burst", "defaults", "steady", "backlog")
 
+_README_FIGURES = re.compile(r"(?<=<!-- make bench-docs -->\n).*?(?=<!-- end -->)", re.DOTALL)
 _CHOICE = re.compile(r"\[\[if (\w+)\]\]\n(.*?)(?:\[\[else\]\]\n(.*?))?\[\[end\]\]\n", re.DOTALL)
 
 
@@ -45,8 +49,17 @@ def documents(machine: Mapping[str, Any], measured: Mapping[str, Figures]) -> di
     page = _CHOICE.sub(
         lambda found: found[2] if found[1] in measured else (found[3] or ""), TEMPLATE.read_text("utf-8")
     )
-    words = {"machine": machine, "sizing": _sizing(measured), "tables": _tables(measured), **measured}
+    words = {
+        "machine": machine,
+        "sizing": _sizing(measured),
+        "tables": _tables(measured),
+        "below": _below(measured),
+        **measured,
+    }
     files = {DOCS / "performance.md": page.format_map(words)}
+    if all(name in measured for name in README_NEEDS):
+        figures = README_TEMPLATE.read_text("utf-8").format_map(words)
+        files[README] = _README_FIGURES.sub(lambda _: figures, README.read_text("utf-8"))
     if "burst" in measured:
         files[DOCS / "throughput.svg"] = throughput(measured["burst"])
     if "steady" in measured:
@@ -109,6 +122,18 @@ def _tables(measured: Mapping[str, Figures]) -> dict[str, str]:
             ),
         )
     return tables
+
+
+def _below(measured: Mapping[str, Figures]) -> str:
+    poison = measured.get("poison")
+    if poison is None:
+        return ""
+    kinds = [
+        f"{each['name']} ({each['share']:.2f})"
+        for each in poison["poisons"]
+        if each["share"] < poison["bound"]
+    ]
+    return f"Below the promise: {', '.join(kinds)}." if kinds else "None is below the promise."
 
 
 def _sizing(measured: Mapping[str, Figures]) -> dict[str, float]:

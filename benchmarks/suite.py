@@ -1,4 +1,4 @@
-"""`make bench`: measures the service beside its yardsticks on private servers, and reports.
+"""`make bench`: measures the service on private servers, with --all beside its yardsticks, and reports.
 
 Everything shares this machine: both servers, upstream, consumer, and whoever is measured. So
 absolute numbers are context; what counts are ratios of medians from rounds taken in turns.
@@ -48,7 +48,7 @@ def main() -> int:
 def _command_line() -> tuple[Options, list[Scenario], Path]:
     names = [scenario.name for scenario in ALL]
     parser = argparse.ArgumentParser(prog="make bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="everything but the hours: about half an hour")
+    parser.add_argument("--all", action="store_true", help="everything but the long ones: about 35 minutes")
     parser.add_argument("--only", help=f"some of {','.join(names)}")
     parser.add_argument("--short", action="store_true", help="small sizes: shows that all figures can be had")
     parser.add_argument("--rounds", type=int, default=Options.rounds, help="rounds taken in turns")

@@ -80,7 +80,8 @@ def heals(history: History) -> Finding:
         if others or fault.healed > history.healed_at:
             continue
         following = bisect(history.delivered_at, fault.healed)
-        resumed_s = next(iter(history.delivered_at[following : following + 1]), float("inf")) - fault.healed
+        resumed_at = next(iter(history.delivered_at[following : following + 1]), float("inf"))
+        resumed_s = resumed_at - fault.healed - _away_s(faults, fault.healed, resumed_at)
         slowest_s = max(slowest_s, resumed_s)
         if resumed_s > HEALS_WITHIN_S + DETECTION_S:
             violations.append(Violation(f"nothing was delivered for {resumed_s:.1f} s after: {fault.name}"))
@@ -137,6 +138,16 @@ def secrets_kept(history: History) -> Finding:
     """I11: no password and no payload is in a log, on a page or in a command line."""
     violations = [Violation(leak) for leak in history.leaks]
     return Finding("I11", "secrets are kept", {"leaks": len(violations)}, violations)
+
+
+def _away_s(faults: Sequence[Fault], began: float, ended: float) -> float:
+    """For how long of that time a server was away for everybody, by another fault."""
+    away_s = 0.0
+    for fault in sorted(faults, key=lambda fault: fault.began):
+        if fault.instance is None and is_outage(fault) and fault.began < ended and fault.healed > began:
+            away_s += min(fault.healed, ended) - max(fault.began, began)
+            began = max(began, fault.healed)
+    return away_s
 
 
 def _out_of_work(faults: Sequence[Fault], history: History) -> Iterator[Violation]:

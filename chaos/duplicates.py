@@ -159,10 +159,13 @@ def _deaths(history: History) -> Iterator[_Death]:
         for fault in sorted(history.faults, key=lambda fault: fault.began, reverse=True):
             if not is_outage(fault) or not fault.hits(instance):
                 continue
-            if fault.near(at, SETTLES_S):
-                latest = max(latest, fault.healed + SETTLES_S)
             if fault.near(earliest, SETTLES_S):
                 earliest = min(earliest, fault.began - SETTLES_S)
+        for fault in sorted(history.faults, key=lambda fault: fault.began):
+            # One outage after the other: what it had said reaches a server that is back for a moment, too.
+            meanwhile = fault.began <= latest and at <= fault.healed + SETTLES_S
+            if meanwhile and is_outage(fault) and fault.hits(instance):
+                latest = max(latest, fault.healed + SETTLES_S)
         for frozen, began, ended in _frozen(history):
             if frozen == pid and began <= at <= ended + SETTLES_S:
                 earliest = min(earliest, began - SETTLES_S)

@@ -39,6 +39,10 @@ class Agenda:
             grain = int((now + max(seconds, 0.0)) / GRAIN_S) + 1 if seconds > 0 else int(now / GRAIN_S)
             self._remember(grain)
 
+    def wake(self) -> None:
+        """Note that something may be due now."""
+        self.expect((0.0,))
+
     async def wait(self, longest_s: float) -> bool:
         """Sleep until something is due, at most `longest_s`, and forget the times that have passed.
 

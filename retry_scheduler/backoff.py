@@ -12,7 +12,7 @@ MAX_DOUBLINGS = 40
 
 _MICROSECOND = timedelta(microseconds=1)
 
-# The longest wait that a request may ask for with retry_after_ms (contract, section 2).
+# The longest wait that a request may ask for with retry_after_ms (docs/contract.md, "Asking for a retry").
 MAX_RETRY_AFTER = timedelta(hours=24)
 
 # Returned, refused or lost publications wait at least this long, whatever the policy says: with

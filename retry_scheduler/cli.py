@@ -1,12 +1,12 @@
 """The command line: `retry-scheduler run | migrate | check | status | archive | demo`.
 
-Exit codes (sysexits.h): 0 good, 64 usage, 69 a server is away, 70 a bug, 78 bad configuration.
+Exit codes (sysexits.h): 0 good, 64 usage, 69 a server is away, 70 a bug, 78 bad configuration,
+130 interrupted.
 Heavy imports stand inside the commands, so that --help is quick.
 """
 
 import gc
 import os
-import signal
 import sys
 from collections.abc import Coroutine
 from io import FileIO
@@ -17,18 +17,12 @@ import uvloop
 
 from retry_scheduler import __version__
 from retry_scheduler.errors import BadSettings, PortTaken, Unavailable, UnusableSchema
+from retry_scheduler.exit_codes import EX_CONFIG, EX_INTERRUPTED, EX_OK, EX_SOFTWARE, EX_UNAVAILABLE, EX_USAGE
 
 if TYPE_CHECKING:  # heavy, and not needed for --help
     from retry_scheduler.database import Database
     from retry_scheduler.observability.tracing import Tracing
     from retry_scheduler.settings import Settings
-
-EX_OK = 0
-EX_USAGE = 64
-EX_UNAVAILABLE = 69
-EX_SOFTWARE = 70
-EX_CONFIG = 78
-EX_INTERRUPTED = 128 + signal.SIGINT
 
 AsJson = Annotated[bool, cyclopts.Parameter(name="--json", negative="", help="Print one JSON document.")]
 

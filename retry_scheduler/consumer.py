@@ -29,6 +29,7 @@ from retry_scheduler.repeated_attempts import Candidate
 from retry_scheduler.repository import Malformed, Repository
 from retry_scheduler.request_store import RequestStore
 from retry_scheduler.supervision import STEP_AT_LEAST_EVERY_S, Progress
+from retry_scheduler.transfer import transfer_s
 
 if TYPE_CHECKING:  # loading it would load OpenTelemetry
     from retry_scheduler.observability.tracing import Tracing
@@ -159,7 +160,7 @@ class Consumer:
         return request
 
     async def _quarantine(self, malformed: Sequence[Malformed]) -> None:
-        self._progress.moved(LOOP)
+        self._progress.moved(LOOP, transfer_s(sum(len(item.raw_body) for item in malformed)))
         kept = await self._repository.quarantine(malformed)
         for item in malformed:
             if item.intake_id in kept:

@@ -18,6 +18,7 @@ from asyncpg.pool import PoolConnectionProxy
 from retry_scheduler.errors import DataRefused, StatementRefused, Unavailable
 from retry_scheduler.sql import query
 from retry_scheduler.tls import client_context, describe_tls_problem
+from retry_scheduler.transfer import transfer_s
 
 SERVER = "PostgreSQL"
 
@@ -27,9 +28,6 @@ STATEMENT_TIMEOUT_S = 5.0
 CALL_TIMEOUT_S = STATEMENT_TIMEOUT_S + 1.0
 ACQUIRE_TIMEOUT_S = 2.0
 CONNECT_TIMEOUT_S = 5.0
-# A message may have 128 MiB, and a statement that moves one takes longer: so much longer, where the
-# link or the disk is as slow as this.
-SLOWEST_BYTES_PER_S = 2 * 1024 * 1024
 # /health promises an answer within 2 s, whatever hangs.
 PROBE_TIMEOUT_S = 1.5
 
@@ -45,6 +43,8 @@ SESSION = {
     "tcp_user_timeout": "3s",
     # An acknowledged message must survive a crash, whatever the server's default is.
     "synchronous_commit": "on",
+    # Under a stricter one, instances that want the same rows would fail over each other's.
+    "default_transaction_isolation": "read committed",
     "timezone": "UTC",
     # Our statements are short; compiling them costs more than running them.
     "jit": "off",
@@ -132,9 +132,9 @@ class Database:
         """Run the statement `name` of sql/ and return its rows.
 
         moved_bytes: in the arguments or the rows; what is large may take longer.
-        Raises Unavailable (wait and repeat) or DataRefused (repeating cannot help).
+        Raises Unavailable (wait and repeat), DataRefused if it is over a value.
         """
-        more_s = moved_bytes // SLOWEST_BYTES_PER_S
+        more_s = int(transfer_s(moved_bytes))  # less than a second is in the usual deadline
         with _sorted_errors():
             async with self._connection(
                 acquire_s=ACQUIRE_TIMEOUT_S, use_s=CALL_TIMEOUT_S + more_s

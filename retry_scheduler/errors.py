@@ -5,8 +5,8 @@ A driver's exception (asyncpg, pika, pydantic) stops in the module that called t
     RetrySchedulerError
     |-- Unavailable          wait and try again; nothing was lost
     |   |-- StatementRefused     the same; but at the start no waiting helps: UnusableSchema
-    |   `-- ContentRefused       the same, and soon: the server is well
-    |-- DataRefused          one row of this batch cannot be stored; find it and set it aside
+    |   |-- ContentRefused       the same, and soon: the server is well
+    |   `-- DataRefused          the same; but of requests to be stored, find the row and set it aside
     |-- MalformedRequest     this message can never become an attempt; quarantine it
     |-- BadSettings          tell the operator every wrong setting and leave with 78
     |-- UnusableSchema       tell the operator what the database lacks and leave with 78
@@ -48,15 +48,19 @@ class ContentRefused(Unavailable):
     """RabbitMQ closes a connection over something that was sent through it. Others are not concerned."""
 
 
-class DataRefused(RetrySchedulerError):
-    """PostgreSQL refuses a value (SQLSTATE class 22, or 23514). Repeating the statement cannot help.
+class DataRefused(Unavailable):
+    """PostgreSQL refuses a value (SQLSTATE class 22, or 23514).
+
+    Of a request that is a reason to set it aside. A row that is stored has to wait until whoever has added
+    the constraint takes it away again.
 
     sqlstate: the five characters of the SQLSTATE, or "client" where the driver could not encode the value.
     detail: in the server's language; it may show the row, whose values do not belong in a log.
     """
 
     def __init__(self, problem: str, *, sqlstate: str, detail: str = "") -> None:
-        super().__init__(f"PostgreSQL refuses a value: {problem} (SQLSTATE {sqlstate})")
+        super().__init__("PostgreSQL", f"refuses a value: {problem} (SQLSTATE {sqlstate})")
+        self.args = (f"{self.server} {self.problem}",)
         self.sqlstate = sqlstate
         self.detail = detail
 

@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from retry_scheduler.messages import ClaimedRetry
-from retry_scheduler.publisher import travels_alone
-from retry_scheduler.repository import ANY_BYTES, LARGE_BYTES
+from retry_scheduler.repository import ANY_BYTES
+from retry_scheduler.suspicion import travels_alone
+from retry_scheduler.transfer import LARGE_BYTES
 
 # Rows claimed and not settled: the most duplicates that the death of one instance can cause.
 MAX_OUTSTANDING = 512
@@ -25,10 +26,11 @@ MAX_QUARANTINED_IN_HAND = MAX_OUTSTANDING - MAX_IN_HAND - MORE_IN_HAND
 # Half of what may be in hand, so that one batch is published while another is settled, and not less at a
 # time, since small batches cost more.
 CLAIM_ROWS = MAX_IN_HAND // 2
+# In time over any link that carries 4 MiB/s.
 CLAIM_BYTES = 16 * 1024 * 1024
 # Each byte in hand is in memory about three times while it is on its way to a broker that is slow. Large
 # payloads are counted apart, so that they do not keep the others waiting.
-MAX_HELD_BYTES = 2 * CLAIM_BYTES
+MAX_BYTES_IN_HAND = 2 * CLAIM_BYTES
 
 
 class Hand:
@@ -58,7 +60,7 @@ class Hand:
         Half a hand, or nothing if that is not free, or too many bytes are in it. What is slow or travels
         alone is left out of the account: the others share the rest of the hand, and a little more.
         """
-        if self._bytes[False] > MAX_HELD_BYTES:
+        if self._bytes[False] > MAX_BYTES_IN_HAND:
             return 0
         held_up = slow + self._alone
         places = MAX_IN_HAND + (MORE_IN_HAND if held_up else 0)
@@ -72,9 +74,9 @@ class Hand:
 
     def room_for_probes(self) -> int:
         """Return how many rows may be claimed to try a connection: one, then as many again as there are."""
-        if self._bytes[False] > MAX_HELD_BYTES:
+        if self._bytes[False] > MAX_BYTES_IN_HAND:
             return 0
-        return min(max(len(self._claims), 1), MAX_IN_HAND - len(self._claims), CLAIM_ROWS)
+        return max(min(max(len(self._claims), 1), MAX_IN_HAND - len(self._claims), CLAIM_ROWS), 0)
 
     def take(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Note what has been claimed."""
@@ -98,10 +100,10 @@ def is_large(task: ClaimedRetry) -> bool:
 
 
 class Parts(NamedTuple):
-    """A claim, parted. batches: what travels together; postponed: what there is no room for."""
+    """A claim, parted. batches: what travels together; to_queue_up: what there is no room for."""
 
     batches: list[list[ClaimedRetry]]
-    postponed: list[ClaimedRetry]
+    to_queue_up: list[ClaimedRetry]
 
 
 def parted(tasks: Sequence[ClaimedRetry], room_alone: int) -> Parts:

@@ -1,7 +1,7 @@
 """The messages of the contract: reads a retry request, and knows an attempt on its way out.
 
-Pure: bytes in, values out. Section 2 of the contract is `parse_request`; JSON stays in `request_body`, AMQP
-in `broker`.
+Pure: bytes in, values out. `parse_request` is "Asking for a retry" in docs/contract.md; JSON stays in
+`request_body`, AMQP in `broker`.
 """
 
 import re
@@ -111,6 +111,16 @@ def parse_request(body: bytes, *, own_queues: Collection[str], default_max_retri
         max_retries=default_max_retries if checked.max_retries is msgspec.UNSET else checked.max_retries,
         retry_after_ms=None if checked.retry_after_ms is msgspec.UNSET else checked.retry_after_ms,
     )
+
+
+def log_fields(attempt: RetryRequest | ClaimedRetry) -> dict[str, object]:
+    """Return what every log line about an attempt says."""
+    return {
+        "message_id": attempt.message_id,
+        "original_queue": attempt.original_queue,
+        "retry_count": attempt.retry_count,
+        "error_reason": attempt.error_reason,
+    }
 
 
 def storable_text(text: str, max_bytes: int) -> str:

@@ -14,13 +14,10 @@ from retry_scheduler.broker.permission import require_publishing
 from retry_scheduler.broker.topology import QueueShape, queue_shape, queue_states
 from retry_scheduler.database import SESSION, Database
 from retry_scheduler.errors import Unavailable, UnusableSchema
+from retry_scheduler.exit_codes import EX_CONFIG, EX_OK, EX_UNAVAILABLE
 from retry_scheduler.schema import INSPECT_WITHIN_S, SchemaState, inspect
 from retry_scheduler.settings import Settings
 from retry_scheduler.sql import query
-
-EX_OK = 0
-EX_UNAVAILABLE = 69
-EX_CONFIG = 78
 
 _SHOWN = {"ok": "ok   ", "warn": "warn ", "wrong": "WRONG"}
 

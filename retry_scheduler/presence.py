@@ -24,6 +24,10 @@ FENCE_AFTER = timedelta(seconds=2)
 STILL_AFTER = timedelta(seconds=2.5)
 STILL_LOOKS = 3
 
+# Only for an owner whom the register does not know: one that is in it keeps its rows however long it waits
+# (an alarm of the broker may last a night), until its beat stands still.
+LEASE = timedelta(minutes=10)
+
 
 class Presence:
     """One instance's view. Times are seconds of any one monotonic clock."""
@@ -40,6 +44,10 @@ class Presence:
     def fenced(self, now_s: float) -> bool:
         """Whether this instance must not publish what it holds: others may have taken it."""
         return self._last_beat_s is None or now_s - self._last_beat_s > FENCE_AFTER.total_seconds()
+
+    def trusts_leases_of(self, owner: UUID, now_s: float) -> bool:
+        """Whether what was claimed as `owner` is ours still: not frozen, cut off or renamed since."""
+        return owner == self.id and not self.fenced(now_s)
 
     def renew(self) -> None:
         """Take a new id, because the register does not know the old one."""

@@ -1,6 +1,7 @@
 """Builds what goes out and sends it: retries to their original queues, the rest to manual review.
 
-Section 3 of the contract is here. Which of the two ways a message takes is the settler's decision.
+"What comes back" and "Manual review" in docs/contract.md are here. Which of the two ways a message takes is
+the settler's decision.
 """
 
 import base64
@@ -12,20 +13,16 @@ import structlog
 
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.properties import encode_properties
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.broker.publication import RETRY_ID, Publication
+from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.broker.spare_links import SpareLinks
 from retry_scheduler.messages import ERROR_REASON_MAX_BYTES, ClaimedQuarantine, ClaimedRetry, storable_text
 from retry_scheduler.observability import events
+from retry_scheduler.suspicion import payload_may_go, travels_alone
 
 # RabbitMQ 4 takes messages of up to 16 MiB unless told otherwise, and base64 adds a third. A
 # well-formed request has passed this limit already; malformed input has not been encoded before.
 QUARANTINE_COPY_MAX_BYTES = 11 * 1024 * 1024
-
-# Claims in a row without an outcome. A crash leaves one behind on every row in hand, so a few are no
-# evidence; ALONE_AFTER of them are, or one channel that the broker closed over its content.
-ALONE_AFTER = 5
-UNPUBLISHABLE_AFTER = ALONE_AFTER + 3
-WITHOUT_PAYLOAD_AFTER = UNPUBLISHABLE_AFTER + 3
 
 SPARE_LINK_TIMEOUT_S = 5.0
 
@@ -166,7 +163,7 @@ class Publisher:
             task, reason = tasks[place], reasons[place]
             if reason is None:
                 return retry_publication(task)
-            with_payload = _payload_may_go(task.claims_unsettled)
+            with_payload = payload_may_go(task.claims_unsettled)
             return review_publication(task, reason, self._review_queue, with_payload=with_payload)
 
         return self._send(build, [task.claims_unsettled for task in tasks], still_ours, accuse)
@@ -177,7 +174,7 @@ class Publisher:
         """Send malformed input to manual review. Otherwise as `publish`."""
 
         def build(place: int) -> Publication:
-            with_payload = _payload_may_go(kept[place].claims_unsettled)
+            with_payload = payload_may_go(kept[place].claims_unsettled)
             return quarantine_publication(kept[place], self._review_queue, with_payload=with_payload)
 
         return self._send(build, [item.claims_unsettled for item in kept], still_ours, accuse)
@@ -249,12 +246,3 @@ def _built(build: Build, place: int) -> Publication | None:
     except Exception:  # a bug of ours in building one message must not stop the others
         log.exception(events.UNBUILDABLE)
         return None
-
-
-def travels_alone(claims_unsettled: int) -> bool:
-    """Whether a row is suspected of harming what travels with it."""
-    return claims_unsettled > ALONE_AFTER
-
-
-def _payload_may_go(claims_unsettled: int) -> bool:
-    return claims_unsettled <= WITHOUT_PAYLOAD_AFTER

@@ -10,18 +10,19 @@ import structlog
 
 from retry_scheduler.backoff import BackoffPolicy, delay_before_republish
 from retry_scheduler.broker.confirms import Outcome
-from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
+from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry, log_fields
 from retry_scheduler.observability import events
 from retry_scheduler.observability.metrics import Metrics
-from retry_scheduler.publisher import ALONE_AFTER, WITHOUT_PAYLOAD_AFTER, Publisher, travels_alone
+from retry_scheduler.publisher import Publisher
 from retry_scheduler.repository import Release
+from retry_scheduler.suspicion import ALONE_AFTER, WITHOUT_PAYLOAD_AFTER, travels_alone
 
 log = structlog.get_logger()
 
 Claimed = ClaimedRetry | ClaimedQuarantine
 
 # Perhaps delivered, perhaps not.
-_LOST = (Outcome.UNKNOWN, Outcome.OVERDUE, Outcome.SUSPECT, Outcome.UNSENDABLE)
+_LOST = (Outcome.UNKNOWN, Outcome.OVERDUE, Outcome.SUSPECT)
 
 # An unknown publication waits until the connection is back; at random, so that a thousand of them
 # do not come back together.
@@ -30,25 +31,33 @@ UNKNOWN_DELAY = timedelta(seconds=1)
 # What has to travel alone goes one after the other, about ten a second.
 ALONE_DELAY = timedelta(seconds=1)
 
+# What cannot be encoded travels no better alone, but people are told only after as many tries.
+UNSENDABLE_DELAY = timedelta(seconds=1)
+
 # What is too large even without its payload is tried so often.
 TOO_LARGE_DELAY = timedelta(seconds=1)
 
-# After a bug: seldom enough not to fill the log.
+# After a bug, or without its payload: seldom enough not to fill the log.
 FAILED_DELAY = timedelta(seconds=5)
 
 
-def untouched(task: Claimed) -> Release:
+def unsent(task: Claimed) -> Release:
     """It was not published, and is due as before."""
     return _uncounted(task)
 
 
-def postponed(task: Claimed) -> Release:
+def queued_up(task: Claimed) -> Release:
     """It has to wait for its turn to travel alone."""
     return _uncounted(task, delay=ALONE_DELAY * (1 + random.random()))
 
 
-def put_off(task: Claimed) -> Release:
-    """Its delivery failed in a way that nobody has foreseen."""
+def without_payload(task: Claimed) -> Release:
+    """PostgreSQL did not deliver its payload in time, which is nothing against the message."""
+    return _uncounted(task, delay=FAILED_DELAY * (1 + random.random()))
+
+
+def after_failure(task: Claimed) -> Release:
+    """Our code failed on it."""
     return Release(task.id, task.claims, delay=FAILED_DELAY, unsettled=task.claims_unsettled)
 
 
@@ -66,7 +75,7 @@ class Releases:
     def after(self, task: Claimed, reason: str | None, outcome: Outcome) -> Release:
         """Return how `task` goes back. reason: why it was on its way to people, None if it was not."""
         if outcome is Outcome.NOT_SENT:
-            return untouched(task)
+            return unsent(task)
         roll = random.random()
         if outcome is Outcome.HELD:
             hold = self._publisher.hold(task, reason) * (1 + roll)
@@ -80,6 +89,8 @@ class Releases:
             )
         if outcome is Outcome.TOO_LARGE:
             return self._after_refusing_its_size(task, reason, TOO_LARGE_DELAY * (1 + roll))
+        if outcome is Outcome.UNSENDABLE:
+            return self._after_failing_to_send(task, reason, UNSENDABLE_DELAY * (1 + roll))
         failures = task.publish_failures + 1
         delay = delay_before_republish(failures, self._policy, roll)
         if reason is None and isinstance(task, ClaimedRetry):
@@ -106,6 +117,14 @@ class Releases:
         unsettled = max(task.claims_unsettled, WITHOUT_PAYLOAD_AFTER) if convicted else ALONE_AFTER
         return Release(task.id, task.claims, error=outcome, delay=delay, unsettled=unsettled)
 
+    def _after_failing_to_send(self, task: Claimed, reason: str | None, delay: timedelta) -> Release:
+        if reason is None and isinstance(task, ClaimedRetry):
+            self._metrics.executed(task.original_queue, success=False)
+        outcome = Outcome.UNSENDABLE.value
+        log.warning(events.RETRY_NOT_DELIVERED, **fields(task), outcome=outcome, review_reason=reason)
+        unsettled = max(task.claims_unsettled, ALONE_AFTER)
+        return Release(task.id, task.claims, error=outcome, delay=delay, unsettled=unsettled)
+
     def _after_losing(
         self, task: Claimed, reason: str | None, outcome: Outcome
     ) -> tuple[str, timedelta, int]:
@@ -122,12 +141,7 @@ def fields(task: Claimed) -> dict[str, object]:
     """Return what every log line about `task` says."""
     if isinstance(task, ClaimedQuarantine):
         return {"quarantine_id": task.id, "field": task.field}
-    return {
-        "message_id": task.message_id,
-        "original_queue": task.original_queue,
-        "retry_count": task.retry_count,
-        "error_reason": task.error_reason,
-    }
+    return log_fields(task)
 
 
 def _uncounted(task: Claimed, *, error: str | None = None, delay: timedelta | None = None) -> Release:

@@ -1,14 +1,17 @@
 """Decides what becomes of a request whose attempt is stored already.
 
-What a repeated attempt means (contract, section 2):
+What a repeated attempt means (docs/contract.md, "Asking for a retry"):
 
     redelivered by the broker                          nothing changes
-    a new message, and the attempt is still pending    nothing changes
+    a new message, and the attempt is still pending    nothing changes: it is sent yet
     the same, but our connection has ended, and it     nothing changes: it came from this very message,
     was stored after we received the message, or       which the broker has given to another instance
     from a redelivered one while ours was on its way
-    a new message, and the attempt has been executed   the upstream does not count: it becomes the
-                                                       next attempt, highest retry_count + 1
+    a new message, and the attempt has been executed,  the upstream does not count: it becomes the
+    or is just being sent, or its confirm is overdue   next attempt, highest retry_count + 1
+
+A consumer may fail before we have noted that its message was confirmed: that attempt is pending in the table
+still, and will not be sent again.
 
 Of several in one batch each becomes one more: their numbers are given at once, and stored in one statement.
 """
@@ -21,7 +24,7 @@ import structlog
 from retry_scheduler.broker.connection import HEARTBEAT_S, Connection
 from retry_scheduler.broker.intake_link import Delivery
 from retry_scheduler.errors import MalformedRequest, Unavailable
-from retry_scheduler.messages import RetryRequest
+from retry_scheduler.messages import RetryRequest, log_fields
 from retry_scheduler.observability import events
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.repository import Repository
@@ -46,16 +49,6 @@ class Candidate:
 
 
 Refusals = dict[Candidate, MalformedRequest]
-
-
-def fields(request: RetryRequest) -> dict[str, object]:
-    """Return what a log line tells about a request."""
-    return {
-        "message_id": request.message_id,
-        "original_queue": request.original_queue,
-        "retry_count": request.retry_count,
-        "error_reason": request.error_reason,
-    }
 
 
 class RepeatedAttempts:
@@ -95,14 +88,14 @@ class RepeatedAttempts:
                 onward.append(candidate)
             elif (
                 candidate.delivery.redelivered
-                or state.status == "pending"
+                or (state.status == "pending" and not state.may_have_arrived)
                 or (candidate.delivery.connection in ended and perhaps_from_it(candidate))
             ):
                 candidate.delivery.done = True
                 self._metrics.duplicate("ignored")
                 log.info(
                     events.DUPLICATE_IGNORED,
-                    **fields(candidate.request),
+                    **log_fields(candidate.request),
                     status=state.status,
                     redelivered=candidate.delivery.redelivered,
                 )

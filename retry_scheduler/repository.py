@@ -15,12 +15,10 @@ import msgspec
 from retry_scheduler.database import Database
 from retry_scheduler.errors import Unavailable
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry, RetryRequest
+from retry_scheduler.transfer import LARGE_BYTES
 
 Attempt = tuple[str, int]
 
-# A claim brings 16 MiB at most, in time over any link that carries 4 MiB/s; one large payload alone may
-# have 128 MiB.
-LARGE_BYTES = 1024 * 1024
 ANY_BYTES = 2**31 - 1
 
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
@@ -37,13 +35,15 @@ class AttemptState(msgspec.Struct):
     """How a stored attempt stands. highest: the highest retry_count stored for its message.
 
     age_s: since it was stored, by the database's clock. redelivered: whether the broker had delivered before
-    the message that it came from.
+    the message that it came from. may_have_arrived: although pending, it may be with its consumer already,
+    and may never be sent again.
     """
 
     status: str
     highest: int
     age_s: float
     redelivered: bool
+    may_have_arrived: bool
 
 
 class Malformed(msgspec.Struct):
@@ -60,8 +60,8 @@ class Malformed(msgspec.Struct):
 class Lease(msgspec.Struct, frozen=True):
     """On what terms rows are claimed.
 
-    owner: the claiming instance. lasts: until others may take the row although the owner is in the
-    register. limit_rows, limit_bytes: at least one row comes whatever its size, then as many as fit.
+    owner: the claiming instance. lasts: until others may take the row if the register does not know the
+    owner. limit_rows, limit_bytes: at least one row comes whatever its size, then as many as fit.
     floor: nothing that is pending is due before it. in_hand: ids that the owner knows to hold.
     limit_payload_bytes: rows with a larger payload are passed over.
     """
@@ -129,7 +129,7 @@ class DueFigures(msgspec.Struct):
 
 
 class Repository:
-    """Every method raises Unavailable if PostgreSQL cannot answer, and DataRefused if it refuses a value."""
+    """Every method raises Unavailable if PostgreSQL cannot answer, DataRefused if it refuses a value."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -179,8 +179,10 @@ class Repository:
             "attempt_states", [attempt[0] for attempt in attempts], [attempt[1] for attempt in attempts]
         )
         return {
-            (str(message_id), retry_count): AttemptState(status, highest, age_s, redelivered)
-            for message_id, retry_count, status, highest, age_s, redelivered in rows
+            (str(row["message_id"]), row["retry_count"]): AttemptState(
+                row["status"], row["highest"], row["age_s"], row["redelivered"], row["may_have_arrived"]
+            )
+            for row in rows
         }
 
     async def quarantine(self, malformed: Sequence[Malformed]) -> set[int]:

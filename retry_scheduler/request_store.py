@@ -16,11 +16,12 @@ from datetime import timedelta
 from retry_scheduler.agenda import Agenda
 from retry_scheduler.backoff import BackoffPolicy, delay_asked_for, delay_before_retry
 from retry_scheduler.errors import DataRefused, MalformedRequest
-from retry_scheduler.messages import RetryRequest
+from retry_scheduler.messages import RetryRequest, log_fields
 from retry_scheduler.observability import events, logs
 from retry_scheduler.observability.metrics import Metrics
-from retry_scheduler.repeated_attempts import Candidate, Refusals, RepeatedAttempts, fields
+from retry_scheduler.repeated_attempts import Candidate, Refusals, RepeatedAttempts
 from retry_scheduler.repository import Attempt, Repository, Stored
+from retry_scheduler.transfer import transfer_s
 
 # So many suspected rows are tried one by one: if most of them are bad, parting them further takes longer.
 FEW = 16
@@ -36,9 +37,9 @@ class RequestStore:
         metrics: Metrics,
         *,
         policy: BackoffPolicy,
-        on_step: Callable[[], None],
+        on_step: Callable[[float], None],
     ) -> None:
-        """on_step: called before each statement; there may be many."""
+        """on_step: called before each statement, with the seconds that it may take more for its bytes."""
         self._repository = repository
         self._agenda = agenda
         self._metrics = metrics
@@ -112,8 +113,8 @@ class RequestStore:
         return stored, refused
 
     async def _insert(self, candidates: Sequence[Candidate]) -> dict[Attempt, Stored]:
-        self._on_step()
         requests = [candidate.request for candidate in candidates]
+        self._on_step(transfer_s(sum(len(request.payload) for request in requests)))
         return await self._repository.store(requests, [self._delay(request) for request in requests])
 
     def _delay(self, request: RetryRequest) -> timedelta:
@@ -134,7 +135,7 @@ class RequestStore:
         logs.info_lines(
             events.RETRY_SCHEDULED,
             (
-                fields(first[attempt].request) | {"next_retry_at": entry.next_retry_at.isoformat()}
+                log_fields(first[attempt].request) | {"next_retry_at": entry.next_retry_at.isoformat()}
                 for attempt, entry in stored.items()
             ),
         )

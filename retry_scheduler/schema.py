@@ -36,9 +36,11 @@ _SCRIPT_HEAD = """\
 -- The tables of retry-scheduler. Run with psql -v ON_ERROR_STOP=1, as the role that shall own them.
 -- Leave out what retry_schema_version says has been applied. The role that the service logs in with needs
 --   GRANT SELECT ON retry_schema_version TO ...;
---   GRANT SELECT, INSERT, UPDATE, DELETE
---      ON retry_queue, retry_payload, retry_quarantine, retry_instance TO ...;
---   GRANT SELECT, INSERT ON retry_queue_archive TO ...;
+--   GRANT SELECT, INSERT, UPDATE ON retry_queue, retry_payload, retry_quarantine TO ...;
+--   GRANT SELECT, INSERT, UPDATE, DELETE ON retry_instance TO ...;
+-- and, unless RETENTION_DAYS=0:
+--   GRANT DELETE ON retry_queue, retry_payload TO ...;
+--   GRANT INSERT ON retry_queue_archive TO ...;
 """
 _SCRIPT_STEP = """
 -- {name}

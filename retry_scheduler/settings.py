@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     jitter_ms: Milliseconds = Field(1000, description="Up to this much is added to each delay, at random")
     retry_poll_interval_ms: Annotated[int, Field(ge=1, le=3_600_000)] = Field(
         10000,
-        description="How often the table is looked at: once a second in any case, and ten times at most",
+        description="How often the table is looked at, but at least once and at most ten times a second",
     )
     max_publish_failures: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         10, description="Returned or refused publications after which a message goes to manual review"

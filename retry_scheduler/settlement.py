@@ -3,14 +3,17 @@
     claimed --publish--> confirmed            -> retried, or failed if it went to manual review
                          returned or refused  -> back to pending, due again later, one failure more
                          unknown              -> back to pending, due again soon, same x-retry-id
-                         overdue              -> the same, after the longest delay: its queue hangs
+                         overdue              -> the same, after 0.25 to 20 s: its queue hangs
+                         held                 -> back to pending, not sent: its queue hangs
                          suspect              -> the same, and from now on it travels alone; after
                                                  three such journeys it goes to manual review
                          too large            -> back to pending, to travel alone; once it has, to
                                                  manual review, without its payload
+                         unsendable           -> back to pending, suspected: no message can be made of it
                          not sent             -> back to pending as it was
 
-Crash windows: before the publish nothing has happened, and the lease runs out. Between publish and
+Crash windows: before the publish nothing has happened, and another instance takes the row over within
+seconds (`presence`). Between publish and
 settlement the message may have been delivered: whoever claims the row next sends it again, and the
 consumer knows it by its x-retry-id.
 """
@@ -32,9 +35,10 @@ from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
 from retry_scheduler.observability import events, logs
 from retry_scheduler.observability.metrics import Metrics
 from retry_scheduler.outage import OutageBackoff
-from retry_scheduler.publisher import UNPUBLISHABLE_AFTER, Accuse, Publisher, Wave
-from retry_scheduler.releases import Releases, fields, postponed, put_off, untouched
+from retry_scheduler.publisher import Accuse, Publisher, Wave
+from retry_scheduler.releases import Releases, after_failure, fields, queued_up, unsent, without_payload
 from retry_scheduler.repository import Release, Repository, Settlement, Suspicion
+from retry_scheduler.suspicion import goes_to_people
 from retry_scheduler.trials import Trials
 
 if TYPE_CHECKING:  # loading it would load OpenTelemetry
@@ -111,17 +115,21 @@ class Settler:
         if open_places:
             raise AssertionError(f"{len(open_places)} publications were left without an outcome")
 
-    async def give_back(self, tasks: Sequence[ClaimedRetry]) -> None:
+    async def give_back_unsent(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back that were not published: they are due as before."""
-        await self._give_back([untouched(task) for task in tasks])
+        await self._give_back([unsent(task) for task in tasks])
 
-    async def postpone(self, tasks: Sequence[ClaimedRetry]) -> None:
+    async def give_back_to_queue_up(self, tasks: Sequence[ClaimedRetry]) -> None:
         """Give attempts back that have to wait for their turn to travel alone."""
-        await self._give_back([postponed(task) for task in tasks])
+        await self._give_back([queued_up(task) for task in tasks])
 
-    async def put_off(self, tasks: Sequence[ClaimedRetry]) -> None:
-        """Give attempts back whose delivery failed in a way that nobody has foreseen."""
-        await self._give_back([put_off(task) for task in tasks])
+    async def give_back_without_payload(self, tasks: Sequence[ClaimedRetry]) -> None:
+        """Give attempts back whose payload PostgreSQL did not deliver in time: due again in a while."""
+        await self._give_back([without_payload(task) for task in tasks])
+
+    async def give_back_after_failure(self, tasks: Sequence[ClaimedRetry]) -> None:
+        """Give attempts back on which our code failed: due again in a while, and the claim counts."""
+        await self._give_back([after_failure(task) for task in tasks])
 
     async def deliver_quarantined(
         self, kept: Sequence[ClaimedQuarantine], *, still_ours: Callable[[], bool]
@@ -186,7 +194,7 @@ class Settler:
             return "exhausted"
         if task.publish_failures >= self._max_publish_failures:
             return "unroutable"
-        if task.payload is None or task.claims_unsettled > UNPUBLISHABLE_AFTER:
+        if task.payload is None or goes_to_people(task.claims_unsettled):
             return "unpublishable"
         return None
 
@@ -226,7 +234,7 @@ class Settler:
         ended_ns: int,
     ) -> None:
         for place, outcome in wave:
-            if outcome is Outcome.NOT_SENT:  # nothing has happened
+            if outcome in (Outcome.NOT_SENT, Outcome.HELD):  # nothing has happened
                 continue
             task = tasks[place]
             tracing.published(

@@ -46,9 +46,12 @@ class Progress:
     def __init__(self) -> None:
         self._moved_at_s: dict[str, float] = {}
 
-    def moved(self, loop: str) -> None:
-        """Note that a loop has taken a step. It is watched from its first one on."""
-        self._moved_at_s[loop] = time.monotonic()
+    def moved(self, loop: str, next_takes_s: float = 0.0) -> None:
+        """Note that a loop has taken a step. It is watched from its first one on.
+
+        next_takes_s: so much longer than others its next step may take, since it moves many bytes.
+        """
+        self._moved_at_s[loop] = time.monotonic() + next_takes_s
 
     def standing(self) -> list[str]:
         """Return the loops that have not moved for STANDS_AFTER_S, in alphabetical order."""

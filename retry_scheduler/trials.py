@@ -1,9 +1,9 @@
 """Finds the row that makes the process die, without blaming those that were in hand with it.
 
-A claim counts against a row until its outcome is known (`claims_unsettled`): when the process dies, that
-count is all the evidence there is, and it is against everybody in hand. So who has travelled alone once and
-still has no outcome stands trial: the claim is taken back for all who are accused, and counted again for
-the one that is sent next, before anything is done with it, and for one at a time in the whole instance.
+`claims_unsettled` rises with each claim and falls when the outcome is known, so a death leaves it raised on
+every row in hand. Once a row has travelled alone without an outcome, its next journey is a trial: the claims
+of all rows that are about to travel alone are taken back, and each is counted again just before it is sent,
+one at a time in this instance. So only the row that is being sent is blamed for a death.
 """
 
 import asyncio
@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from retry_scheduler.messages import ClaimedQuarantine, ClaimedRetry
-from retry_scheduler.publisher import ALONE_AFTER, Accuse, travels_alone
+from retry_scheduler.publisher import Accuse
 from retry_scheduler.repository import Suspicion
+from retry_scheduler.suspicion import ALONE_AFTER, travels_alone
 
 # Puts evidence into the table, however long that takes.
 Note = Callable[[Sequence[Suspicion]], Awaitable[None]]

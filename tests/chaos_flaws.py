@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from chaos.history import Arrival, Event, InstanceEvent, Quarantined
+from chaos.history import Arrival, Event, Fault, InstanceEvent, Quarantined
 from retry_scheduler.observability import events
 from tests.chaos_histories import (
     AGAIN,
@@ -252,6 +252,14 @@ FLAWS = {
         replace(
             GOOD,
             faults=[replace(BROKER_FAULT, healed=11.0)],
+            deliveries=[DELIVERY, replace(LATER, redelivered=True)],
+        ),
+        {"I9"},
+    ),
+    "I9 nothing delivered for long after a fault, of which another outage was only a part": (
+        replace(
+            GOOD,
+            faults=[replace(BROKER_FAULT, healed=11.0), Fault("stop broker", "broker", 13.0, 15.0)],
             deliveries=[DELIVERY, replace(LATER, redelivered=True)],
         ),
         {"I9"},

@@ -1,4 +1,4 @@
-"""What section 5 of the contract and the runbook promise by name: what tests compare the program with."""
+"""What docs/contract.md and the runbook promise by name: what tests compare the program with."""
 
 # Events of each message's life, and troubles that operators search for, with their levels.
 OPERATIONS = {

@@ -15,7 +15,7 @@ from typing import get_args
 
 from retry_scheduler import failpoints, publisher
 from retry_scheduler.broker.intake_link import Delivery
-from retry_scheduler.broker.publish_link import Publication
+from retry_scheduler.broker.publication import Publication
 from retry_scheduler.cli import main
 from retry_scheduler.consumer import Consumer
 from retry_scheduler.failpoints import Point

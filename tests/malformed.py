@@ -154,6 +154,11 @@ BODIES = [
     Malformed(
         "an ignored field of a hundred thousand brackets", GOOD[:-1] + b', "x": ' + b"[" * 100_000, "body"
     ),
+    Malformed(
+        "the same, and they are closed",
+        GOOD[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "body",
+    ),
 ]
 
 # The last value would win in most parsers, the first in some: nobody knows which one was meant.

@@ -1,4 +1,4 @@
-"""Section 2 of the contract once more, slow and simple: what the service's own reading is compared with."""
+"""The rules of requests once more, slow and simple: what the service's own reading is compared with."""
 
 import base64
 import json

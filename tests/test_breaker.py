@@ -36,6 +36,16 @@ def test_other_queues_are_not_concerned() -> None:
     assert breaker.open_for_s("orders", NOW_S + 5) == 5
 
 
+def test_on_another_connection_a_circuit_counts_as_open_from_its_first_probe_on() -> None:
+    """Nobody may have had anything for its queue meanwhile: it may have been well for long."""
+    breaker = hanging("a")
+    breaker.connected(NOW_S + 10)
+
+    assert breaker.admit("b", 1, "orders", NOW_S + 500) is None
+    assert breaker.admit("c", 1, "orders", NOW_S + 501) is Outcome.HELD
+    assert breaker.open_for_s("orders", NOW_S + 501) == 1
+
+
 def test_a_late_answer_closes_the_circuit_and_is_known_to_the_next_claim() -> None:
     breaker = hanging("a", "b")
 

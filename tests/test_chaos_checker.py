@@ -6,7 +6,7 @@ import pytest
 
 from chaos import conduct, duplicates
 from chaos.checker import check, holds
-from chaos.history import Event, History, InstanceEvent, Row
+from chaos.history import Event, Fault, History, InstanceEvent, Row
 from chaos.safety import MOST_OUTSTANDING
 from retry_scheduler.hand import MAX_OUTSTANDING
 from retry_scheduler.observability import events
@@ -21,6 +21,8 @@ from tests.chaos_histories import (
     FULL,
     GOOD,
     ID,
+    KILL,
+    LATER,
     PID,
     REQUEST,
     RETRY_ID,
@@ -96,6 +98,32 @@ def test_what_a_killed_process_has_not_said_is_no_violation() -> None:
     )
 
     assert holds(check(history)), violated(history)
+
+
+def test_time_during_which_another_fault_keeps_a_server_away_does_not_count_as_healing() -> None:
+    history = replace(
+        GOOD,
+        faults=[replace(BROKER_FAULT, healed=11.0), Fault("smother broker", "broker", 13.0, 29.5)],
+        deliveries=[DELIVERY, replace(LATER, redelivered=True)],
+    )
+
+    assert violated(history) == set()
+
+
+def test_what_a_killed_process_had_sent_may_arrive_after_one_outage_upon_the_other() -> None:
+    history = with_delivery(
+        DELIVERY,
+        replace(AGAIN, at=19.0),
+        faults=[
+            replace(KILL, began=11.0),
+            Fault("broker alarm", "broker", 10.0, 11.5),
+            Fault("kill broker", "broker", 11.6, 16.0),
+            Fault("freeze broker", "broker", 16.1, 18.9),
+        ],
+        instance_events=[*GOOD.instance_events, InstanceEvent(11.2, "kill", "instance-1", PID)],
+    )
+
+    assert "I4" not in violated(history)
 
 
 def test_a_repeated_request_may_become_the_next_attempt() -> None:

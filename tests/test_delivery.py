@@ -1,4 +1,4 @@
-"""Section 3 of the contract: what comes back to the original queue and to manual review, and when."""
+"""What comes back to the original queue and to manual review, and when (docs/contract.md)."""
 
 import base64
 import json

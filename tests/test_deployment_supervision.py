@@ -228,6 +228,23 @@ def test_one_loop_that_has_ended_silences_the_watchdog_though_the_others_move() 
     assert notes.told == ["READY=1", "STATUS=healthy", "STOPPING=1", "STATUS=stopping"]
 
 
+def test_a_loop_whose_next_step_moves_many_bytes_has_that_much_more_time() -> None:
+    notes = Notes(watchdog_s=30)
+
+    async def scenario() -> tuple[list[str], list[str]]:
+        async with Scene(notes) as scene:
+            await pass_time(10)
+            scene.moving.discard("intake")
+            await pass_time(2)
+            scene.progress.moved("intake", next_takes_s=60)
+            await pass_time(60 + STANDS_AFTER_S - 2)
+            meanwhile = scene.progress.standing()
+            await pass_time(4)
+            return meanwhile, scene.progress.standing()
+
+    assert run_in_virtual_time(scenario(), supervision) == ([], ["intake"])
+
+
 def test_a_loop_that_moves_again_brings_the_pings_back() -> None:
     notes = Notes(watchdog_s=30)
 

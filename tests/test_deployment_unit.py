@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from retry_scheduler.cli import EX_CONFIG
 from retry_scheduler.demo.ports import LOOPBACK, free_ports
+from retry_scheduler.exit_codes import EX_CONFIG
 from retry_scheduler.supervision import STANDS_AFTER_S
 from tests.contract import STOPS_WITHIN_S
 from tests.document_names import capitals

@@ -6,15 +6,16 @@ from retry_scheduler.hand import (
     CLAIM_BYTES,
     CLAIM_ROWS,
     MAX_ALONE_IN_HAND,
-    MAX_HELD_BYTES,
+    MAX_BYTES_IN_HAND,
     MAX_IN_HAND,
     MORE_IN_HAND,
     Hand,
     parted,
 )
 from retry_scheduler.messages import ClaimedRetry
-from retry_scheduler.publisher import ALONE_AFTER
-from retry_scheduler.repository import ANY_BYTES, LARGE_BYTES
+from retry_scheduler.repository import ANY_BYTES
+from retry_scheduler.suspicion import ALONE_AFTER
+from retry_scheduler.transfer import LARGE_BYTES
 from tests.factories import new_id
 
 _ids = count(1)
@@ -78,7 +79,14 @@ def test_beside_a_hand_full_of_what_is_held_up_the_others_have_a_little_more() -
     assert hand.room(slow=MAX_IN_HAND) == 0
 
 
-def test_of_what_travels_alone_a_few_are_kept_and_the_rest_is_postponed() -> None:
+def test_a_hand_that_is_fuller_than_usual_has_no_room_for_probes() -> None:
+    hand = Hand()
+    hand.take(rows(MAX_IN_HAND + 1))
+
+    assert hand.room_for_probes() == 0
+
+
+def test_of_what_travels_alone_a_few_are_kept_and_the_rest_queues_up() -> None:
     hand = Hand()
     alone = rows(MAX_ALONE_IN_HAND + 5, unsettled=ALONE_AFTER + 1)
     usual = rows(3)
@@ -87,7 +95,7 @@ def test_of_what_travels_alone_a_few_are_kept_and_the_rest_is_postponed() -> Non
     hand.take([*alone, *usual])
 
     assert parts.batches == [usual, alone[:MAX_ALONE_IN_HAND]]
-    assert parts.postponed == alone[MAX_ALONE_IN_HAND:]
+    assert parts.to_queue_up == alone[MAX_ALONE_IN_HAND:]
     assert hand.room_alone == 0
     for task in alone:
         hand.put_down(task)
@@ -111,7 +119,7 @@ def test_each_large_payload_goes_by_itself_and_keeps_only_large_ones_waiting() -
 
 def test_as_many_bytes_as_may_be_in_memory_leave_no_room() -> None:
     hand = Hand()
-    hand.take(rows(MAX_HELD_BYTES // LARGE_BYTES, size=LARGE_BYTES))
+    hand.take(rows(MAX_BYTES_IN_HAND // LARGE_BYTES, size=LARGE_BYTES))
     assert hand.room(slow=0) == CLAIM_ROWS
 
     hand.take(rows(1))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from retry_scheduler.publisher import UNPUBLISHABLE_AFTER, WITHOUT_PAYLOAD_AFTER
+from retry_scheduler.suspicion import UNPUBLISHABLE_AFTER, WITHOUT_PAYLOAD_AFTER
 from tests.factories import PAYLOAD, encoded, make_request, new_id
 from tests.failing_service import DEADLY_TO_CARRY, DEADLY_TO_READ, DEADLY_TO_RETRY, Failpoints
 from tests.service_process import MakeService, ServiceProcess

@@ -93,8 +93,10 @@ async def test_the_settings_of_our_sessions_win_over_those_of_role_and_database(
         "statement_timeout": "5s",
         "lock_timeout": "2s",
         "idle_in_transaction_session_timeout": "10s",
+        "default_transaction_isolation": "read committed",
     }
     unwanted = {"synchronous_commit": "off", "TimeZone": "Europe/Zagreb", "DateStyle": "German"}
+    unwanted |= {"default_transaction_isolation": "serializable"}
     unwanted |= dict.fromkeys(
         ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"), "0"
     )

@@ -1,14 +1,17 @@
 """The publishing link on a real broker: each publication's outcome is told once, whenever it comes."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
 import pytest
 
+from retry_scheduler.broker import publish_link
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.properties import encode_properties
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.broker.publication import RETRY_ID, Publication
+from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.broker.size_limit import SizeLimit
 from retry_scheduler.demo.private_rabbitmq import PrivateRabbitMQ
 from tests.test_hanging_queue import suspended
@@ -80,6 +83,32 @@ async def test_what_is_confirmed_while_the_caller_works_on_a_wave_is_told_in_a_l
                 await link.round_trip()
 
     assert waves == [[(0, Outcome.CONFIRMED)], [(1, Outcome.CONFIRMED)]]
+
+
+async def test_a_connection_that_nobody_has_asked_is_not_taken_for_silent(
+    link: PublishLink,
+    upstream: Upstream,
+    rabbitmq: PrivateRabbitMQ,
+    vhost: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a wave is settled nobody listens, and that may take as long as PostgreSQL is away."""
+    monkeypatch.setattr(publish_link, "CONFIRM_TIMEOUT_S", patience_s := 2.0)
+    upstream.declare("quick", "slow")
+    told: dict[int, Outcome] = {}
+
+    async def settled_at(monotonic_s: float) -> None:
+        await eventually(lambda: time.monotonic() > monotonic_s)
+
+    with suspended(rabbitmq, vhost, "slow"):
+        async for wave in link.waves([publication("quick", "1:0"), publication("slow", "2:0")]):
+            if not told:
+                await settled_at(time.monotonic() + 2 * patience_s)
+            told |= dict(wave)
+        proven = link.proven
+
+    assert told == {0: Outcome.CONFIRMED, 1: Outcome.OVERDUE}
+    assert proven  # as it was: another connection would have to prove itself first
 
 
 async def test_a_link_that_is_not_up_sends_nothing_and_says_so(broker_url: str, upstream: Upstream) -> None:

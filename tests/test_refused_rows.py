@@ -28,6 +28,27 @@ CREATE TRIGGER refuse BEFORE INSERT ON retry_queue
 """
 
 
+async def test_a_constraint_that_stored_rows_violate_stops_them_and_nothing_else_until_it_is_gone(
+    start_service: StartService, upstream: Upstream, migrated: Table, postgres: PrivatePostgres
+) -> None:
+    upstream.declare("orders")
+    service = await start_service()
+    bad, good = new_id(), new_id()
+    upstream.ask(make_request(message_id=bad, error_reason="bad", retry_after_ms=1000))
+    await eventually(lambda: migrated.value("SELECT count(*) = 1 FROM retry_queue"))
+    postgres.sql(f"{CONSTRAINT} NOT VALID", migrated.database.name)
+    await eventually(lambda: service.log_events("Failed to get due retry tasks"))
+
+    upstream.ask(make_request(message_id=good, retry_after_ms=0))
+    await eventually(lambda: migrated.value("SELECT count(*) = 2 FROM retry_queue"))
+    postgres.sql("ALTER TABLE retry_queue DROP CONSTRAINT none_of_these", migrated.database.name)
+    received = await upstream.receive("orders", 2)
+    await eventually(migrated.settled)
+
+    assert sorted(message.message_id for message in received) == sorted([bad, good])
+    assert await service.stop() == 0
+
+
 @pytest.mark.parametrize("refusal", [CONSTRAINT, TRIGGER], ids=["constraint", "trigger"])
 @pytest.mark.parametrize("bad_queue", ["orders", "invoices"])
 async def test_what_postgresql_refuses_goes_to_people_and_nothing_else_does(

@@ -66,6 +66,54 @@ async def test_a_new_message_that_repeats_an_executed_attempt_becomes_the_next_o
     assert service.metrics().value("retry_duplicates_total", kind="stored_as_next") == 1
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        # Sent, and perhaps confirmed; not settled yet.
+        "UPDATE retry_queue SET claims = 1, claimed_until = now() + interval '1 min',"
+        " claimed_by = (SELECT id FROM retry_instance WHERE gone_at IS NULL)",
+        # Sent to a queue that did not confirm in time, and has recovered: the late confirm settles it.
+        "UPDATE retry_queue SET last_error = 'overdue'",
+    ],
+    ids=["in hand", "overdue"],
+)
+async def test_a_new_message_that_repeats_an_attempt_which_may_have_arrived_becomes_the_next_one(
+    start_service: StartService, upstream: Upstream, table: Table, way: str
+) -> None:
+    """A consumer may fail, and ask again under the same number, before we have noted the confirm."""
+    service = await start_service()
+    upstream.declare("orders")
+    message_id = new_id()
+    upstream.ask(make_request(message_id=message_id, retry_after_ms=AN_HOUR_MS))
+    await eventually(lambda: service.metrics().value("retries_scheduled_total") == 1)
+    await table.fetch(way)
+
+    upstream.ask(make_request(message_id=message_id, retry_after_ms=0, original_payload="YWdhaW4="))
+    (again,) = await upstream.receive("orders", 1)
+
+    assert (again.retry_id, again.body) == (f"{message_id}:1", b"again")
+    assert service.metrics().value("retry_duplicates_total", kind="stored_as_next") == 1
+
+
+async def test_what_people_are_just_being_told_of_is_not_told_twice(
+    start_service: StartService, upstream: Upstream, table: Table
+) -> None:
+    """An exhausted attempt goes to nobody who could fail on it."""
+    service = await start_service()
+    message_id = new_id()
+    upstream.ask(make_request(message_id=message_id, retry_after_ms=AN_HOUR_MS))
+    await eventually(lambda: service.metrics().value("retries_scheduled_total") == 1)
+    await table.fetch(
+        "UPDATE retry_queue SET max_retries = 0, claims = 1, claimed_until = now() + interval '1 min',"
+        " claimed_by = (SELECT id FROM retry_instance WHERE gone_at IS NULL)"
+    )
+
+    upstream.ask(make_request(message_id=message_id))
+    await eventually(lambda: service.metrics().value("retry_duplicates_total", kind="ignored") == 1)
+
+    assert await table.value("SELECT count(*) FROM retry_queue") == 1
+
+
 async def test_a_message_whose_upstream_never_counts_ends_in_manual_review(
     start_service: StartService, upstream: Upstream, table: Table
 ) -> None:

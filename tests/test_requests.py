@@ -1,4 +1,4 @@
-"""Section 2 of the contract, rule by rule: what a request may hold, and how a refusal names what is wrong."""
+"""docs/contract.md, rule by rule: what a request may hold, and how a refusal names what is wrong."""
 
 import json
 import string
@@ -54,6 +54,12 @@ json_values = st.recursive(
 
 def parse(body: bytes) -> RetryRequest:
     return parse_request(body, own_queues={RETRY_QUEUE, REVIEW_QUEUE}, default_max_retries=3)
+
+
+def test_what_is_ignored_may_be_nested_as_deep_as_the_contract_says() -> None:
+    deep = make_request()[:-1] + b', "x": ' + b"[" * 899 + b"]" * 899 + b"}"
+
+    assert parse(deep) == parse(make_request(message_id=parse(deep).message_id))
 
 
 @pytest.mark.parametrize("malformed", MALFORMED, ids=lambda malformed: malformed.what)

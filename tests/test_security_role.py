@@ -11,7 +11,7 @@ import pytest
 from retry_scheduler.database import Database, DatabaseAddress
 from retry_scheduler.demo.private_postgres import PrivatePostgres
 from retry_scheduler.errors import UnusableSchema
-from retry_scheduler.schema import inspect, migrate
+from retry_scheduler.schema import inspect, migrate, script
 from tests import servers
 from tests.command import CONFIG, call
 from tests.factories import make_request, new_id
@@ -151,6 +151,13 @@ async def test_no_right_can_be_spared_and_the_one_that_is_missing_is_named(
 
     assert len(rights) == 14
     assert (await inspect(database)).problem is None
+
+
+def test_the_script_for_the_owner_names_the_same_rights() -> None:
+    needed, _, _ = script().partition("RETENTION_DAYS=0")
+    granted = [line.removeprefix("--").strip().replace("...", "role") for line in needed.splitlines()]
+
+    assert set(rights_in(granted)) == set(rights_in(documented_sql("role", "database")))
 
 
 async def test_a_right_that_is_missing_at_the_start_is_told_in_one_line_with_78(

@@ -1,4 +1,4 @@
-"""Section 4 of the contract: what operators' SQL relies on, in a freshly migrated database."""
+"""The tables of docs/contract.md: what operators' SQL relies on, in a freshly migrated database."""
 
 import asyncpg
 import pytest

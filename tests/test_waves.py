@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from retry_scheduler.broker.confirms import ConfirmBatch, Outcome
-from retry_scheduler.broker.waves import QUIET_S, WAVE_S, quiet
+from retry_scheduler.broker.waves import QUIET_S, WAVE_S, wave_complete
 from tests.virtual_time import pass_time, run_in_virtual_time
 
 ALIKE_S = 1e-6
@@ -28,7 +28,7 @@ def waited_s(size: int, answered_at_s: Sequence[float], *, settled_before: int =
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         answering = asyncio.create_task(answer())
-        await quiet(batch)
+        await wave_complete(batch)
         took_s = loop.time() - began_s
         answering.cancel()
         return took_s

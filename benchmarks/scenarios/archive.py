@@ -17,7 +17,7 @@ from benchmarks.contestants import MIXED_DELAYS_MS, TUNED, Service
 from benchmarks.figures import due_lateness_ms, spread
 from benchmarks.load import Load, Message, load, messages
 from benchmarks.scenario import Figures, Options, Row, Scenario, say
-from retry_scheduler.broker.publish_link import Publication
+from retry_scheduler.broker.publication import Publication
 
 RATE_PER_S = 500
 SPARE_S = 60

@@ -18,8 +18,8 @@ from benchmarks.load import ORDERS, load
 from benchmarks.scenario import Figures, Options, Row, Scenario, say
 from benchmarks.usage import resident_mb
 from retry_scheduler.hand import CLAIM_BYTES, CLAIM_ROWS
+from retry_scheduler.presence import LEASE
 from retry_scheduler.repository import LONG_AGO
-from retry_scheduler.scheduler import LEASE
 from retry_scheduler.sql import query
 
 CHUNK = 250_000

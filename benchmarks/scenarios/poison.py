@@ -22,8 +22,8 @@ from benchmarks.figures import median
 from benchmarks.load import ORDERS, PAYLOAD_BASE64, REQUESTS, Load, Message, load, messages
 from benchmarks.scenario import Figures, Options, Row, Scenario, say
 from retry_scheduler.broker.properties import encode_properties
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication
-from retry_scheduler.publisher import ALONE_AFTER
+from retry_scheduler.broker.publication import RETRY_ID, Publication
+from retry_scheduler.suspicion import ALONE_AFTER
 
 # The promise: with any of them in the queue, the others keep this share of their rate.
 BOUND = 0.9

@@ -1,4 +1,4 @@
-"""promise: the service alone, in two minutes. What `make bench` runs unless told otherwise.
+"""promise: the service alone, in a minute and a half. What `make bench` runs unless told otherwise.
 
 A burst of 20,000 requests that are due at once, through one instance; and with all settings at their
 defaults, 50/s for 60 s and then 200/s for 10 s, of which nothing may be later than 5 s.

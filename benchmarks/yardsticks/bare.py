@@ -18,10 +18,11 @@ from benchmarks.load import REQUESTS
 from benchmarks.yardsticks.common import READY, URL, delay_ms, fail, open_pool, work_until_sigterm
 from retry_scheduler.broker.intake_link import IntakeLink
 from retry_scheduler.broker.properties import encode_properties
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.broker.publication import RETRY_ID, Publication
+from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.hand import CLAIM_BYTES, CLAIM_ROWS
+from retry_scheduler.presence import LEASE
 from retry_scheduler.repository import LONG_AGO
-from retry_scheduler.scheduler import LEASE
 from retry_scheduler.sql import query
 
 CLAIMERS = 2

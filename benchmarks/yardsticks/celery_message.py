@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from benchmarks.load import ORDERS, PAYLOAD_BASE64, Message
 from retry_scheduler.broker.properties import encode_properties
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication
+from retry_scheduler.broker.publication import RETRY_ID, Publication
 
 QUEUE = "bench.celery"
 TASK = "bench.redeliver"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from benchmarks.load import ORDERS, PAYLOAD, Message
 from retry_scheduler.broker.connection import connect
 from retry_scheduler.broker.properties import encode_properties
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication
+from retry_scheduler.broker.publication import RETRY_ID, Publication
 
 
 async def declare_queues(url: str, delays_ms: Iterable[int]) -> None:

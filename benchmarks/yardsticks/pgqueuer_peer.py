@@ -20,7 +20,8 @@ from benchmarks.yardsticks.common import READY, URL, delay_ms, fail, open_pool, 
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.intake_link import IntakeLink
 from retry_scheduler.broker.properties import encode_properties
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.broker.publication import RETRY_ID, Publication
+from retry_scheduler.broker.publish_link import PublishLink
 
 ENTRYPOINT = "redeliver"
 

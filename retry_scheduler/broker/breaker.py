@@ -23,10 +23,11 @@ LATE_ANSWER_KEPT_S = 600.0
 class _Circuit:
     """An open one."""
 
-    __slots__ = ("hanging", "opened_at_s", "probe_at_s")
+    __slots__ = ("hanging", "opened_at_s", "probe_at_s", "probed")
 
     def __init__(self, now_s: float) -> None:
         self.hanging = False
+        self.probed = True  # what opened it is outstanding on this connection, or was sent to find out
         self.opened_at_s = now_s
         self.probe_at_s = now_s + PROBE_EVERY_S
 
@@ -46,7 +47,7 @@ class Breaker:
         return not (self._open or self._queues or self._late)
 
     def open_for_s(self, queue: str, now_s: float) -> float:
-        """Return how long the circuit has been open on this connection; 0 if it is closed."""
+        """Return for how many seconds the circuit has been open on this connection; 0 if it is closed."""
         circuit = self._open.get(queue)
         return now_s - circuit.opened_at_s if circuit else 0.0
 
@@ -88,6 +89,8 @@ class Breaker:
             return Outcome.HELD
         if now_s < circuit.probe_at_s:
             return Outcome.HELD
+        if not circuit.probed:
+            circuit.probed, circuit.opened_at_s = True, now_s
         circuit.probe_at_s = now_s + PROBE_EVERY_S
         self._queues[key] = queue
         return None
@@ -109,3 +112,4 @@ class Breaker:
         self._overdue.clear()
         for circuit in self._open.values():
             circuit.opened_at_s = circuit.probe_at_s = now_s
+            circuit.probed = False

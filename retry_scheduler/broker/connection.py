@@ -8,6 +8,7 @@ import asyncio
 import random
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -57,7 +58,8 @@ class Connection:
         self.on_blocked: Callable[[bool], None] = lambda blocked: None
         self.closed_over_content = self.closed_over_rights = False
         self._gone = asyncio.Event()
-        self._trip: asyncio.Task[Any] | None = None
+        self._asked: asyncio.Future[Any] | None = None  # the question that was sent last
+        self._trip: asyncio.Task[None] | None = None  # whose question has not been sent yet
         raw.add_on_close_callback(lambda _, reason: self._note_gone(reason))
         raw.add_on_connection_blocked_callback(lambda *_: self.on_blocked(True))
         raw.add_on_connection_unblocked_callback(lambda *_: self.on_blocked(False))
@@ -99,12 +101,28 @@ class Connection:
     async def round_trip(self) -> None:
         """Return once the broker has handled all that was sent before. Raises Unavailable.
 
-        Those who ask while an answer is outstanding share it: pika keeps one callback for it.
+        pika keeps one callback for the answer. So there is one question at a time, and those who come while
+        it is not answered share the next one: the broker may have answered before they asked.
         """
         if self._trip is None or self._trip.done():
-            self._trip = asyncio.create_task(self.call(self.channel.flow, True), name="round trip")
+            self._trip = asyncio.create_task(self._ask(), name="round trip")
             self._trip.add_done_callback(lambda trip: trip.cancelled() or trip.exception())
         await asyncio.shield(self._trip)
+
+    async def _ask(self) -> None:
+        earlier = self._asked
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                if earlier is not None:
+                    await asyncio.wait((earlier, self.closed), return_when=asyncio.FIRST_COMPLETED)
+                self._trip = None
+                self._asked = answer = asyncio.get_running_loop().create_future()
+                self.channel.flow(True, callback=_setter(answer))
+                await asyncio.wait((answer, self.closed), return_when=asyncio.FIRST_COMPLETED)
+        except (AMQPError, TimeoutError) as error:
+            raise Unavailable(SERVER, describe(error)) from error
+        if not answer.done():
+            raise Unavailable(SERVER, self.closed.result())
 
     async def close(self) -> None:
         """Close politely, so that the broker handles what was sent before; cut it if that takes too long."""
@@ -237,9 +255,12 @@ async def _with_channel(raw: WireConnection) -> Connection:
         raw.channel(on_open_callback=_setter(opened))
         async with asyncio.timeout(CALL_TIMEOUT_S):
             return Connection(raw, await opened)
-    except (AMQPError, TimeoutError) as error:
-        raw.close()
-        raise Unavailable(SERVER, describe(error)) from error
+    except BaseException as error:
+        with suppress(AMQPError):  # it has closed already
+            raw.close()
+        if isinstance(error, AMQPError | TimeoutError):
+            raise Unavailable(SERVER, describe(error)) from error
+        raise
 
 
 def _setter(future: "asyncio.Future[Any]") -> Callable[[Any], None]:

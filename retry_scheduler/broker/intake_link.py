@@ -87,7 +87,8 @@ class IntakeLink:
         self._name = name
         self._on_problem = on_problem
         self._connection: Connection | None = None
-        self._consumer_tag: str | None = None
+        self._consumer_tag: str | None = None  # from when it is asked for
+        self._consuming = False
         self._wanted = True
         self._arrived: deque[Delivery] = deque()
         self._something_arrived = asyncio.Event()
@@ -98,7 +99,7 @@ class IntakeLink:
     @property
     def up(self) -> bool:
         """Whether the broker is delivering to us, or will when what it has delivered before is stored."""
-        return self._connection is not None and (self._consumer_tag is not None or self._unstored > 0)
+        return self._connection is not None and (self._consuming or self._unstored > 0)
 
     def connect_from_now_on_to(self, url: str) -> None:
         """Make every further connection with `url`. The one that is open goes on."""
@@ -148,11 +149,11 @@ class IntakeLink:
         """Ask for no more. What was sent to us until the broker's answer is still to be taken. Never raises.
 
         None of it may go back: it would come again marked as redelivered, which it is not for us, and a
-        redelivered attempt that has been executed changes nothing (contract, section 2).
+        redelivered attempt that has been executed changes nothing (docs/contract.md, "Asking for a retry").
         """
         connection, tag = self._connection, self._consumer_tag
         self._consumer_tag = None
-        self._wanted = False
+        self._consuming = self._wanted = False
         if connection is None or tag is None:
             return
         try:
@@ -172,11 +173,11 @@ class IntakeLink:
         try:
             connection.channel.add_on_cancel_callback(lambda _: connection.cut("the queue was deleted"))
             await self._wait_until_all_stored(connection)
-            if self._wanted:
-                await self._consume(connection)
+            await self._consume(connection)
             raise Unavailable(SERVER, await asyncio.shield(connection.closed))
         finally:
             self._consumer_tag = None
+            self._consuming = False
             self._connection = None
             await connection.close()
 
@@ -193,6 +194,8 @@ class IntakeLink:
 
     async def _consume(self, connection: Connection) -> None:
         await connection.call(connection.channel.basic_qos, prefetch_count=self._prefetch)
+        if not self._wanted:
+            return
         tag = f"retry-scheduler-{id(connection):x}"
         receive = partial(self._receive, connection)
 
@@ -200,10 +203,11 @@ class IntakeLink:
             receive(method.delivery_tag, method.redelivered, properties.raw, body)
 
         connection.deliver_to(receive)
+        self._consumer_tag = tag  # who is told to stop before the broker's answer comes cancels it, too
         await connection.call(
             connection.channel.basic_consume, self._queue, receive_from_pika, consumer_tag=tag
         )
-        self._consumer_tag = tag
+        self._consuming = self._wanted
 
     def _receive(
         self, connection: Connection, tag: int, redelivered: bool, properties: bytes, body: bytes

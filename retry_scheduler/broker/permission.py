@@ -6,7 +6,8 @@ from uuid import uuid4
 from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.connection import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, SERVER
 from retry_scheduler.broker.properties import encode_properties
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.broker.publication import RETRY_ID, Publication
+from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.errors import Unavailable
 
 

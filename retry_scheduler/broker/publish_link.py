@@ -20,54 +20,29 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-import structlog
 from pika.exceptions import AMQPError
 
-from retry_scheduler.broker.breaker import Breaker
+from retry_scheduler.broker.circuits import Circuits
 from retry_scheduler.broker.confirms import ConfirmBatch, ConfirmLedger, Outcome
 from retry_scheduler.broker.connection import SERVER, Connection, keep_linked
 from retry_scheduler.broker.properties import text_headers
+from retry_scheduler.broker.publication import RETRY_ID, Publication
 from retry_scheduler.broker.size_limit import SizeLimit
 from retry_scheduler.broker.topology import connect_with_queues
-from retry_scheduler.broker.waves import quiet
+from retry_scheduler.broker.waves import wave_complete
 from retry_scheduler.errors import ContentRefused, Unavailable
-from retry_scheduler.observability import events
-
-log = structlog.get_logger()
+from retry_scheduler.transfer import LARGE_BYTES, transfer_s
 
 # Confirms take milliseconds, on slow disks a few hundred. Much shorter and a busy broker gets
 # duplicates; much longer and a lost confirm delays its message.
 CONFIRM_TIMEOUT_S = 10.0
 
-# Bodies above a megabyte delay whatever is behind them: so much, where the link is as slow as this.
-LARGE_BYTES = 1024 * 1024
-SLOWEST_BYTES_PER_S = 2 * 1024 * 1024
-
 # After so long, the broker is asked whether it answers at all. If so, the queue is slow.
 SLOW_AFTER_S = 1.0
 ASK_EVERY_S = 0.5
 
-# The header by which a returned message is recognised; unique among those outstanding.
-RETRY_ID = "x-retry-id"
-
 # So many messages are written before the event loop gets its turn again.
 _WRITE_RUN = 64
-
-
-class Publication:
-    """One message for the default exchange.
-
-    properties: encoded; they must hold `key` as x-retry-id. claim: under which lease of its row it is sent.
-    """
-
-    __slots__ = ("body", "claim", "key", "properties", "queue")
-
-    def __init__(self, queue: str, *, key: str, properties: bytes, body: bytes, claim: int = 0) -> None:
-        self.queue = queue
-        self.key = key
-        self.claim = claim
-        self.properties = properties
-        self.body = body
 
 
 class PublishLink:
@@ -96,8 +71,9 @@ class PublishLink:
         self._large_bytes = 0  # outstanding
         self._slow: dict[ConfirmBatch, int] = {}  # outstanding for long, at queues that are slow
         self._heard_at_s = 0.0
+        self._asked_at_s: float | None = None  # since then a question has not been answered
         self._asking: asyncio.Task[None] | None = None
-        self._breaker = Breaker()
+        self._circuits = Circuits()
         self.changed = asyncio.Event()
 
     @property
@@ -123,7 +99,7 @@ class PublishLink:
     @property
     def at_rest(self) -> bool:
         """Whether it is ready, nothing is outstanding, and no queue is known to be slow."""
-        return self.ready and not self._ledger and self._breaker.idle
+        return self.ready and not self._ledger and self._circuits.idle
 
     @property
     def slow(self) -> int:
@@ -132,7 +108,7 @@ class PublishLink:
 
     def open_for_s(self, queue: str) -> float:
         """Return for how many seconds `queue` has not confirmed, since its circuit has opened; 0: it does."""
-        return self._breaker.open_for_s(queue, time.monotonic())
+        return self._circuits.open_for_s(queue)
 
     def connect_from_now_on_to(self, url: str) -> None:
         """Make every further connection with `url`. The one that is open goes on."""
@@ -194,7 +170,7 @@ class PublishLink:
         await self._write(batch, publications, may_go_on)
         began_s = time.monotonic()
         while True:
-            await quiet(batch)
+            await wave_complete(batch)
             # Asked before taking: what comes while the caller works on a wave must come out, too.
             finished = batch.done.is_set()
             wave = batch.take_new()
@@ -209,15 +185,19 @@ class PublishLink:
             if silent_s > ASK_EVERY_S:
                 self._ask(connection)
             waiting = [publications[place] for place in batch.open_places()]
-            patience_s = CONFIRM_TIMEOUT_S + self._large_bytes / SLOWEST_BYTES_PER_S
+            patience_s = CONFIRM_TIMEOUT_S + transfer_s(self._large_bytes)
             if now_s - began_s > patience_s and not self._alarm_within(CONFIRM_TIMEOUT_S):
                 answers = connection is self._connection and silent_s < CONFIRM_TIMEOUT_S / 2
-                self._give_up(waiting, overdue=answers)
+                if not answers and not self._gave_no_answer(connection, now_s):
+                    continue  # nobody has asked: settling the wave before took long
+                self._circuits.give_up(waiting, overdue=answers)
                 if not answers:
                     connection.cut("confirms did not come in time")
                 batch.settle_rest(Outcome.OVERDUE if answers else Outcome.UNKNOWN)
             elif silent_s < 2 * ASK_EVERY_S and connection is self._connection:
-                self._note_slow(batch, waiting)
+                self._circuits.slow(waiting)
+                self._slow[batch] = len(waiting)
+                self.changed.set()
 
     async def _write(
         self, batch: ConfirmBatch, publications: Sequence[Publication], may_go_on: Callable[[], bool]
@@ -231,7 +211,7 @@ class PublishLink:
                 continue
             with connection.together():
                 for place in run:
-                    known = None if self._breaker.idle else self._admit(publications[place])
+                    known = None if self._circuits.idle else self._circuits.admit(publications[place])
                     if known is None:
                         self._send(connection, ledger, batch, place, publications[place])
                     else:
@@ -281,10 +261,9 @@ class PublishLink:
             await connection.call(
                 connection.channel.confirm_delivery, lambda frame: self._answer(ledger, frame.method)
             )
-            self._heard_at_s = time.monotonic()
-            self._breaker.connected(self._heard_at_s)
+            self._note_heard()
             self._connection, self._ledger = connection, ledger
-            self._listen()
+            self._circuits.connected(ledger)
             self._blocked = self._proven = False
             self.changed.set()
             reason = await asyncio.shield(connection.closed)
@@ -315,43 +294,16 @@ class PublishLink:
         self._unblocked_at_s = time.monotonic()
         self.changed.set()
 
-    def _admit(self, publication: Publication) -> Outcome | None:
-        known = self._breaker.admit(publication.key, publication.claim, publication.queue, time.monotonic())
-        self._listen()
-        return known
-
-    def _note_slow(self, batch: ConfirmBatch, waiting: Sequence[Publication]) -> None:
-        now_s = time.monotonic()
-        for each in waiting:
-            self._breaker.slow(each.key, each.queue, now_s)
-        self._slow[batch] = len(waiting)
-        self._listen()
-        self.changed.set()
-
-    def _give_up(self, publications: Sequence[Publication], *, overdue: bool) -> None:
-        """Open the circuits of the queues that have not confirmed. overdue: their answers may come yet."""
-        now_s = time.monotonic()
-        for each in publications:
-            if overdue:
-                opened = self._breaker.overdue(each.key, each.claim, each.queue, now_s)
-            else:
-                opened = self._breaker.suspect(each.queue, now_s)
-            if opened:
-                log.warning(events.QUEUE_HANGS, queue=each.queue)
-        self._listen()
-
-    def _listen(self) -> None:
-        """Have the breaker told of answers, as long as it is interested in any."""
-        self._ledger.on_answer = None if self._breaker.idle else self._note_answer
-
-    def _note_answer(self, key: str, outcome: Outcome) -> None:
-        queue = self._breaker.answered(key, outcome, time.monotonic())
-        if queue is not None:
-            log.info(events.QUEUE_CONFIRMS, queue=queue)
-        self._listen()
+    def _gave_no_answer(self, connection: Connection, now_s: float) -> bool:
+        """Whether the connection is gone, or has not answered a question for long."""
+        if connection is not self._connection:
+            return True
+        return self._asked_at_s is not None and now_s - self._asked_at_s >= CONFIRM_TIMEOUT_S / 2
 
     def _ask(self, connection: Connection) -> None:
         """Find out whether the broker still answers, although it confirms nothing; nobody waits for that."""
+        if self._asked_at_s is None:
+            self._asked_at_s = time.monotonic()
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._hear(connection), name="ask the broker")
 
@@ -359,14 +311,18 @@ class PublishLink:
         with suppress(Unavailable):
             await connection.round_trip()
             if connection is self._connection:
-                self._heard_at_s = time.monotonic()
+                self._note_heard()
                 # An alarm would have stopped the question behind what was published before it.
                 self._proven = True
+
+    def _note_heard(self) -> None:
+        self._heard_at_s = time.monotonic()
+        self._asked_at_s = None
 
     def _alarm_within(self, seconds: float) -> bool:
         return self._blocked or time.monotonic() - self._unblocked_at_s < seconds
 
     def _answer(self, ledger: ConfirmLedger, method: Any) -> None:
         self._proven = True
-        self._heard_at_s = time.monotonic()
+        self._note_heard()
         ledger.answered(method.delivery_tag, multiple=method.multiple, accepted=method.NAME == "Basic.Ack")

@@ -18,8 +18,8 @@ WAVE_S = 0.1
 QUIET_S = 0.02
 
 
-async def quiet(batch: ConfirmBatch) -> None:
-    """Return when a wave is to be taken; after WAVE_S also if there is nothing to take."""
+async def wave_complete(batch: ConfirmBatch) -> None:
+    """Return when what has come is to be taken; after WAVE_S also if nothing has."""
     for _ in range(round(WAVE_S / QUIET_S)):
         known = batch.open
         with suppress(TimeoutError):

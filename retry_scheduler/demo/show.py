@@ -26,11 +26,8 @@ from retry_scheduler.demo.team import ORDERS, Team
 from retry_scheduler.demo.view import Picture
 from retry_scheduler.demo.watch import Watch
 from retry_scheduler.errors import Unavailable
+from retry_scheduler.exit_codes import EX_OK, EX_UNAVAILABLE, EX_WRONG
 from retry_scheduler.settings import Settings
-
-EX_OK = 0
-EX_WRONG = 1
-EX_UNAVAILABLE = 69
 
 SHOW_EVERY_S = 0.1
 

@@ -17,7 +17,8 @@ from retry_scheduler.broker.confirms import Outcome
 from retry_scheduler.broker.intake_link import Delivery as Message
 from retry_scheduler.broker.intake_link import IntakeLink
 from retry_scheduler.broker.properties import encode_properties, header_entries, text_headers
-from retry_scheduler.broker.publish_link import RETRY_ID, Publication, PublishLink
+from retry_scheduler.broker.publication import RETRY_ID, Publication
+from retry_scheduler.broker.publish_link import PublishLink
 from retry_scheduler.demo.evidence import Delivery
 from retry_scheduler.demo.invoices import Invoice
 from retry_scheduler.errors import Unavailable

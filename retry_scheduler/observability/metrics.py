@@ -1,4 +1,4 @@
-"""The metrics: names that alerts and dashboards rely on (runbook, "Key Metrics"), and ours.
+"""The metrics: names that alerts and dashboards rely on (docs/contract.md, "Metrics"), and ours.
 
 Every series has a bound: after MAX_QUEUE_LABELS different queues, further ones count as "other".
 """

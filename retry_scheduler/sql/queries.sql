@@ -46,11 +46,17 @@ SELECT told.intake_id, task.retry_count, task.next_retry_at,
 -- Tell how attempts stand that a new message repeats.
 -- $1, $2 arrays of equal length: message_id, retry_count.
 -- Returns one row for each that is stored: message_id, retry_count, status, highest retry_count of that
--- message, age_s since it was stored, redelivered: whether the message it came from was.
+-- message, age_s since it was stored, redelivered: whether the message it came from was, may_have_arrived: it
+-- may be with its consumer already, although it is still pending, and may never be sent again.
 SELECT told.message_id, told.retry_count, task.status,
        (SELECT max(other.retry_count) FROM retry_queue AS other WHERE other.message_id = told.message_id) AS highest,
        extract(epoch FROM clock_timestamp() - task.created_at)::float8 AS age_s,
-       coalesce(task.intake_id < 0, false) AS redelivered
+       coalesce(task.intake_id < 0, false) AS redelivered,
+       task.retry_count < task.max_retries
+           AND (coalesce(task.last_error = 'overdue', false)
+                OR EXISTS (SELECT FROM retry_instance AS owner
+                            WHERE owner.id = task.claimed_by AND owner.gone_at IS NULL))
+           AS may_have_arrived
   FROM unnest($1::uuid[], $2::integer[]) AS told (message_id, retry_count)
   JOIN retry_queue AS task USING (message_id, retry_count);
 
@@ -92,10 +98,10 @@ SELECT intake_id FROM kept_already;
 -- as many as fit; $5 floor timestamptz: nothing pending is older, see search_floor;
 -- $6 bigint[] what the owner knows to hold: the rest that is lent to it was lost with an answer;
 -- $7 int: larger payloads do not come along, see payload; $8 int: nothing with a larger one is lent.
--- A lease whose owner is known to be gone is void.
+-- A lease whose owner is known to be gone is void; that of an owner in the register does not run out.
 -- Returns the attempts lent, in no promised order; late_s is the time since they were due;
 -- payload is NULL where it is too large or an operator has deleted it; more: others may be due that exceeded a limit.
-WITH due AS MATERIALIZED (  -- a fence: joined inline, the planner may lend more than the limit
+WITH due AS MATERIALIZED (  -- joined inline, the planner may lend more than the limit
     SELECT id, next_retry_at, payload_bytes
       FROM retry_queue
      WHERE status = 'pending'
@@ -103,7 +109,8 @@ WITH due AS MATERIALIZED (  -- a fence: joined inline, the planner may lend more
        AND next_retry_at <= now()
        AND payload_bytes <= $8
        AND (claimed_until IS NULL
-            OR claimed_until <= now()
+            OR (claimed_until <= now()
+                AND (claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NULL)) IS NOT TRUE)
             OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL)
             OR (claimed_by = $3 AND id <> ALL ($6::bigint[])))
      ORDER BY next_retry_at, id
@@ -149,7 +156,7 @@ WITH done AS (
        SET status = done.status, last_error = done.note, finished_at = clock_timestamp(), claimed_until = NULL
       FROM done
      WHERE task.id = done.id AND task.claims = done.claims
-       AND task.status NOT IN ('retried', 'failed', 'discarded')  -- see below
+       AND task.status NOT IN ('retried', 'failed', 'discarded')  -- see above
     RETURNING task.id
 )
 SELECT id FROM settled
@@ -164,15 +171,17 @@ SELECT task.id
 -- Give attempts back: returned, refused or unknown ones with a new due time, unpublished ones as they were.
 -- $1 ids bigint[]; $2 claims int[]; $3 failures int[] to add; $4 errors text[], NULL keeps the last;
 -- $5 delays interval[], NULL keeps the due time; $6 claims_unsettled int[], 0 if the outcome was known.
--- Returns id and due_in (seconds) of those given back.
+-- Returns id and due_in (seconds) of those given back. Repeating it after a lost answer changes nothing.
+-- What is held is still overdue if it was: it lies in its queue, and may arrive there.
 UPDATE retry_queue AS task
    SET claimed_by = NULL, claimed_until = NULL, claims_unsettled = given.unsettled,
        publish_failures = task.publish_failures + given.failures,
-       last_error = coalesce(given.error, task.last_error),
+       last_error = CASE WHEN given.error = 'held' AND task.last_error = 'overdue' THEN task.last_error
+                         ELSE coalesce(given.error, task.last_error) END,
        next_retry_at = coalesce(clock_timestamp() + given.delay, task.next_retry_at)
   FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[], $6::integer[])
     AS given (id, claims, failures, error, delay, unsettled)
- WHERE task.id = given.id AND task.claims = given.claims
+ WHERE task.id = given.id AND task.claims = given.claims AND task.claimed_by IS NOT NULL
    AND task.status NOT IN ('retried', 'failed', 'discarded')  -- as in complete
 RETURNING task.id, extract(epoch FROM task.next_retry_at - clock_timestamp())::float8 AS due_in;
 
@@ -193,7 +202,8 @@ WITH due AS MATERIALIZED (
      WHERE delivered_at IS NULL
        AND next_try_at <= now()
        AND (claimed_until IS NULL
-            OR claimed_until <= now()
+            OR (claimed_until <= now()
+                AND (claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NULL)) IS NOT TRUE)
             OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL)
             OR claimed_by = $3)  -- its owner claims after settling: whatever it seems to hold was lost
      ORDER BY next_try_at, id
@@ -243,7 +253,7 @@ UPDATE retry_quarantine AS kept
        next_try_at = coalesce(clock_timestamp() + given.delay, kept.next_try_at)
   FROM unnest($1::bigint[], $2::integer[], $3::integer[], $4::text[], $5::interval[], $6::integer[])
     AS given (id, claims, failures, error, delay, unsettled)
- WHERE kept.id = given.id AND kept.claims = given.claims
+ WHERE kept.id = given.id AND kept.claims = given.claims AND kept.claimed_by IS NOT NULL
    AND coalesce(kept.delivered_at, 'infinity') = 'infinity'  -- as in complete
 RETURNING kept.id;
 
@@ -291,12 +301,16 @@ WITH mine AS (
 SELECT others.ids, others.beats,
        EXISTS (SELECT 1 FROM retry_queue
                 WHERE status = 'pending' AND next_retry_at >= $3 AND next_retry_at <= now()
-                  AND (claimed_until IS NULL OR claimed_until <= now()
+                  AND (claimed_until IS NULL
+                       OR (claimed_until <= now()
+                           AND (claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NULL)) IS NOT TRUE)
                        OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL)
                        OR (claimed_by = $1 AND id <> ALL ($4::bigint[])))) AS due_now,
        EXISTS (SELECT 1 FROM retry_quarantine
                 WHERE delivered_at IS NULL AND next_try_at <= now()
-                  AND (claimed_until IS NULL OR claimed_until <= now() OR claimed_by = $1
+                  AND (claimed_until IS NULL OR claimed_by = $1
+                       OR (claimed_until <= now()
+                           AND (claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NULL)) IS NOT TRUE)
                        OR claimed_by IN (SELECT id FROM retry_instance WHERE gone_at IS NOT NULL))) AS quarantined,
        ARRAY (SELECT DISTINCT ceil(extract(epoch FROM soon.next_retry_at - now()) * 500)::float8 / 500
                 FROM (SELECT next_retry_at FROM retry_queue

@@ -83,7 +83,7 @@ class Review(msgspec.Struct):
     quarantine_waiting: int
 
 
-class Instance(msgspec.Struct):
+class RegisteredInstance(msgspec.Struct):
     """An instance in the register. silent_s: since its last beat."""
 
     name: str
@@ -118,7 +118,7 @@ class IndexSize(msgspec.Struct):
     bytes: int
 
 
-class Stored(msgspec.Struct):
+class DatabaseFigures(msgspec.Struct):
     """What PostgreSQL knows."""
 
     schema_version: int
@@ -127,7 +127,7 @@ class Stored(msgspec.Struct):
     lateness: Lateness
     review: Review
     archived: int
-    instances: list[Instance]
+    instances: list[RegisteredInstance]
     oldest_transaction: OldestTransaction
     tables: list[TableSize]
     indexes: list[IndexSize]
@@ -146,7 +146,7 @@ class Status(msgspec.Struct):
 
     postgresql: Server
     rabbitmq: Server
-    stored: Stored | None
+    stored: DatabaseFigures | None
     queues: list[Queue] | None
 
 
@@ -174,7 +174,7 @@ async def take_status(database: Database, url: str, queues: Sequence[str], *, na
     return status
 
 
-async def _stored(database: Database) -> Stored:
+async def _stored(database: Database) -> DatabaseFigures:
     async with database.session(within_s=WITHIN_S, settings=_SETTINGS) as connection:
 
         async def rows(name: str, *arguments: Any) -> list[dict[str, Any]]:
@@ -190,7 +190,7 @@ async def _stored(database: Database) -> Stored:
         instances = await rows("instance_figures")
         (oldest,) = await rows("oldest_transaction")
         indexes = await rows("index_figures")
-    return Stored(
+    return DatabaseFigures(
         schema_version=review["schema_version"],
         attempts=Attempts(**due, counted_up_to=COUNT_UP_TO),
         by_queue=ByQueue(
@@ -203,7 +203,7 @@ async def _stored(database: Database) -> Stored:
         lateness=Lateness(LATELY.total_seconds(), **late),
         review=Review(review["quarantined"], review["quarantine_waiting"]),
         archived=review["archived"],
-        instances=[Instance(**row) for row in instances],
+        instances=[RegisteredInstance(**row) for row in instances],
         oldest_transaction=OldestTransaction(
             oldest["who"], oldest["open_s"], oldest["hidden"], oldest["slot_age"]
         ),

@@ -8,7 +8,14 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 from retry_scheduler.presence import STILL_AFTER
-from retry_scheduler.status.figures import Attempts, ByQueue, Lateness, OldestTransaction, Status, Stored
+from retry_scheduler.status.figures import (
+    Attempts,
+    ByQueue,
+    DatabaseFigures,
+    Lateness,
+    OldestTransaction,
+    Status,
+)
 
 STATUSES = ("pending", "retried", "failed", "discarded")
 MOST_QUEUES = 20
@@ -48,7 +55,7 @@ def _servers(status: Status) -> list[str]:
     )
 
 
-def _facts(status: Status, stored: Stored) -> list[str]:
+def _facts(status: Status, stored: DatabaseFigures) -> list[str]:
     failed = sum(group.attempts for group in stored.by_queue.groups if group.status == "failed")
     about = "about " if stored.by_queue.estimated else ""
     review = stored.review
@@ -117,7 +124,7 @@ def _by_queue(by_queue: ByQueue) -> list[str]:
     return _table((title, *STATUSES), rows) + ([f"and {more} queues more"] if more > 0 else [])
 
 
-def _instances(stored: Stored) -> list[str]:
+def _instances(stored: DatabaseFigures) -> list[str]:
     if not stored.instances:
         return ["no instance is running"]
     rows = [
@@ -133,7 +140,7 @@ def _instances(stored: Stored) -> list[str]:
     return _table(("instance", "started", "state"), rows)
 
 
-def _tables(stored: Stored) -> list[str]:
+def _tables(stored: DatabaseFigures) -> list[str]:
     tables = [
         (
             each.name,
