@@ -26,10 +26,6 @@ QUARANTINE_COPY_MAX_BYTES = 11 * 1024 * 1024
 
 SPARE_LINK_TIMEOUT_S = 5.0
 
-# What is held for a queue that hangs is looked at again so soon, and at random up to twice that.
-SHORTEST_HOLD = timedelta(seconds=0.25)
-LONGEST_HOLD = timedelta(seconds=10)
-
 # (place, outcome) of publications whose fate is known by now.
 Wave = list[tuple[int, Outcome]]
 
@@ -180,13 +176,12 @@ class Publisher:
         return self._send(build, [item.claims_unsettled for item in kept], still_ours, accuse)
 
     def hold(self, task: ClaimedRetry | ClaimedQuarantine, reason: str | None) -> timedelta:
-        """Return when to look again at a destination that does not confirm: later, the longer it has not."""
+        """Return after how long to look again at a row whose destination does not confirm."""
         if isinstance(task, ClaimedRetry) and reason is None:
             queue = task.original_queue
         else:
             queue = self._review_queue
-        open_s = self._link.open_for_s(queue)
-        return min(max(timedelta(seconds=open_s / 2), SHORTEST_HOLD), LONGEST_HOLD)
+        return timedelta(seconds=self._link.hold_s(queue))
 
     async def restore_queues(self) -> None:
         """Create the manual review queue again, which seems to have been deleted. Raises Unavailable."""

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from retry_scheduler.demo.ports import LOOPBACK
+from retry_scheduler.demo.ports import LOOPBACK, free_ports
 from tests.servers import Database
 from tests.service_process import PROJECT
 
@@ -14,11 +14,13 @@ Environment = dict[str, str]
 
 
 def call(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run the program with these arguments and settings until it ends."""
+    """Run the program with these arguments and settings until it ends; on ports of its own, unless told."""
+    http_port, metrics_port = free_ports(2)
+    ports = {"HTTP_PORT": str(http_port), "METRICS_PORT": str(metrics_port)}
     return subprocess.run(
         [sys.executable, "-m", "retry_scheduler", *arguments],
         cwd=PROJECT,
-        env={"PATH": os.environ["PATH"], "HTTP_HOST": LOOPBACK, **environment},
+        env={"PATH": os.environ["PATH"], "HTTP_HOST": LOOPBACK, **ports, **environment},
         capture_output=True,
         text=True,
         timeout=30,

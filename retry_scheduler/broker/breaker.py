@@ -16,6 +16,14 @@ from retry_scheduler.broker.confirms import Outcome
 
 PROBE_EVERY_S = 60.0
 
+# What is held is looked at again after half the time that its circuit has been open, within these bounds.
+SHORTEST_HOLD_S = 0.25
+LONGEST_HOLD_S = 10.0
+
+# However much is held, this many a second are looked at, half of what could be delivered. So the looks leave
+# the others their share, and what is held comes out as late as it could be delivered anyway.
+LOOKS_PER_S = 4000.0
+
 # So long a late answer is of use; a row that nobody sends again by then was settled by another instance.
 LATE_ANSWER_KEPT_S = 600.0
 
@@ -23,13 +31,14 @@ LATE_ANSWER_KEPT_S = 600.0
 class _Circuit:
     """An open one."""
 
-    __slots__ = ("hanging", "opened_at_s", "probe_at_s", "probed")
+    __slots__ = ("hanging", "look_at_s", "opened_at_s", "probe_at_s", "probed")
 
     def __init__(self, now_s: float) -> None:
         self.hanging = False
         self.probed = True  # what opened it is outstanding on this connection, or was sent to find out
         self.opened_at_s = now_s
         self.probe_at_s = now_s + PROBE_EVERY_S
+        self.look_at_s = now_s  # when the one is looked at again that was held last
 
 
 class Breaker:
@@ -46,10 +55,14 @@ class Breaker:
         """Whether every message may be sent, and no answer is of interest."""
         return not (self._open or self._queues or self._late)
 
-    def open_for_s(self, queue: str, now_s: float) -> float:
-        """Return for how many seconds the circuit has been open on this connection; 0 if it is closed."""
+    def hold_s(self, queue: str, now_s: float) -> float:
+        """Return for how many seconds to hold one more message for `queue`."""
         circuit = self._open.get(queue)
-        return now_s - circuit.opened_at_s if circuit else 0.0
+        if circuit is None:  # it has just closed
+            return SHORTEST_HOLD_S
+        usual_s = min(max((now_s - circuit.opened_at_s) / 2, SHORTEST_HOLD_S), LONGEST_HOLD_S)
+        circuit.look_at_s = max(circuit.look_at_s + 1 / LOOKS_PER_S, now_s + usual_s)
+        return circuit.look_at_s - now_s
 
     def slow(self, key: str, queue: str, now_s: float) -> None:
         """Note that something has been outstanding at `queue` for long, and that somebody waits for it."""

@@ -29,9 +29,9 @@ class Circuits:
         """Whether every message may be sent, and no answer is of interest."""
         return self._breaker.idle
 
-    def open_for_s(self, queue: str) -> float:
-        """Return for how many seconds `queue` has not confirmed, since its circuit has opened; 0: it does."""
-        return self._breaker.open_for_s(queue, time.monotonic())
+    def hold_s(self, queue: str) -> float:
+        """Return for how many seconds to hold one more message for `queue`."""
+        return self._breaker.hold_s(queue, time.monotonic())
 
     def connected(self, ledger: ConfirmLedger) -> None:
         """Begin anew on another connection, whose publications `ledger` knows."""

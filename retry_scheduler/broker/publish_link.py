@@ -106,9 +106,9 @@ class PublishLink:
         """How many publications wait for queues that are slow, while the broker answers."""
         return sum(self._slow.values())
 
-    def open_for_s(self, queue: str) -> float:
-        """Return for how many seconds `queue` has not confirmed, since its circuit has opened; 0: it does."""
-        return self._circuits.open_for_s(queue)
+    def hold_s(self, queue: str) -> float:
+        """Return for how many seconds to hold one more message for a queue that does not confirm."""
+        return self._circuits.hold_s(queue)
 
     def connect_from_now_on_to(self, url: str) -> None:
         """Make every further connection with `url`. The one that is open goes on."""
