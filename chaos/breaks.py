@@ -67,7 +67,7 @@ def settle_without_a_fence() -> None:
         ("AND task.claims = done.claims\n", "\n"),
         ("task.claims = done.claims AND task.status", "task.status"),
     )
-    _change_statement("release", ("AND task.claims = given.claims\n", "\n"))
+    _change_statement("release", ("AND task.claims = given.claims ", ""))
 
 
 def overwrite_stored_attempts() -> None:

@@ -155,21 +155,26 @@ def _deaths(history: History) -> Iterator[_Death]:
     gave_up = [(event.at, event.pid) for event in history.events if event.message == UNSETTLED]
     for at, pid in sorted([*killed, *gave_up]):
         instance = history.instance_of.get(pid)
+        outages = [fault for fault in history.faults if is_outage(fault) and fault.hits(instance)]
         earliest, latest = at - SETTLES_S, at + SETTLES_S
-        for fault in sorted(history.faults, key=lambda fault: fault.began, reverse=True):
-            if not is_outage(fault) or not fault.hits(instance):
-                continue
+        for fault in sorted(outages, key=lambda fault: fault.began, reverse=True):
             if fault.near(earliest, SETTLES_S):
                 earliest = min(earliest, fault.began - SETTLES_S)
-        for fault in sorted(history.faults, key=lambda fault: fault.began):
-            # One outage after the other: what it had said reaches a server that is back for a moment, too.
-            meanwhile = fault.began <= latest and at <= fault.healed + SETTLES_S
-            if meanwhile and is_outage(fault) and fault.hits(instance):
-                latest = max(latest, fault.healed + SETTLES_S)
+        for server in ((BROKER, BROKER_LINK), (DATABASE, DATABASE_LINK)):
+            latest = max(latest, _reached_by(at, [f for f in outages if f.target in server]))
         for frozen, began, ended in _frozen(history):
             if frozen == pid and began <= at <= ended + SETTLES_S:
                 earliest = min(earliest, began - SETTLES_S)
         yield _Death(earliest, at, latest)
+
+
+def _reached_by(at: float, outages: Sequence[Fault]) -> float:
+    """Until when a server may carry out what was said to it at `at`, if it was away, once or repeatedly."""
+    latest = at + SETTLES_S
+    for fault in sorted(outages, key=lambda fault: fault.began):
+        if fault.began <= latest and at <= fault.healed + SETTLES_S:
+            latest = max(latest, fault.healed + SETTLES_S)
+    return latest
 
 
 def _frozen(history: History) -> Iterator[tuple[int, float, float]]:

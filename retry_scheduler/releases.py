@@ -78,15 +78,12 @@ class Releases:
             return unsent(task)
         roll = random.random()
         if outcome is Outcome.HELD:
-            hold = self._publisher.hold(task, reason) * (1 + roll)
-            return _uncounted(task, error=outcome.value, delay=hold)
+            return _uncounted(task, error=outcome.value, delay=self._publisher.hold(task, reason))
         if outcome in _LOST:
-            event, delay, unsettled = self._after_losing(task, reason, outcome)
+            event, delay, unsettled = self._after_losing(task, reason, outcome, UNKNOWN_DELAY * (1 + roll))
             self._metrics.unknown()
             log.warning(event, **fields(task), review_reason=reason)
-            return Release(
-                task.id, task.claims, error=outcome.value, delay=delay * (1 + roll), unsettled=unsettled
-            )
+            return Release(task.id, task.claims, error=outcome.value, delay=delay, unsettled=unsettled)
         if outcome is Outcome.TOO_LARGE:
             return self._after_refusing_its_size(task, reason, TOO_LARGE_DELAY * (1 + roll))
         if outcome is Outcome.UNSENDABLE:
@@ -126,15 +123,15 @@ class Releases:
         return Release(task.id, task.claims, error=outcome, delay=delay, unsettled=unsettled)
 
     def _after_losing(
-        self, task: Claimed, reason: str | None, outcome: Outcome
+        self, task: Claimed, reason: str | None, outcome: Outcome, usual: timedelta
     ) -> tuple[str, timedelta, int]:
         """Return what to log, how long to wait, and what remains of the evidence against the row."""
         if outcome is Outcome.OVERDUE:
             return events.RETRY_UNKNOWN, self._publisher.hold(task, reason), 0
         if outcome is Outcome.UNKNOWN:
             suspected = task.claims_unsettled - 1 if travels_alone(task.claims_unsettled) else 0
-            return events.RETRY_UNKNOWN, UNKNOWN_DELAY, suspected
-        return events.RETRY_SUSPECT, UNKNOWN_DELAY, max(task.claims_unsettled, ALONE_AFTER)
+            return events.RETRY_UNKNOWN, usual, suspected
+        return events.RETRY_SUSPECT, usual, max(task.claims_unsettled, ALONE_AFTER)
 
 
 def fields(task: Claimed) -> dict[str, object]:

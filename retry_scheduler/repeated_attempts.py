@@ -110,11 +110,16 @@ class RepeatedAttempts:
 
 
 async def _ended(connections: Collection[Connection]) -> set[Connection]:
-    """Return those that do not answer any more: what they have delivered may have been given to others."""
+    """Return those that have ended: what they have delivered may have been given to others.
+
+    Raises Unavailable if one neither answers nor has ended yet.
+    """
     ended = set()
     for connection in connections:
         try:
             await connection.round_trip()
         except Unavailable:
+            if not connection.closed.done():
+                raise
             ended.add(connection)
     return ended

@@ -41,31 +41,31 @@ def test_other_queues_are_not_concerned() -> None:
     breaker = hanging("a")
 
     assert breaker.admit("b", 1, "invoices", NOW_S) is None
-    assert breaker.hold_s("invoices", NOW_S + 5) == SHORTEST_HOLD_S
-    assert breaker.hold_s("orders", NOW_S + 5) == 2.5
+    assert breaker.hold_s("invoices", NOW_S + 5, 0) == SHORTEST_HOLD_S
+    assert breaker.hold_s("orders", NOW_S + 5, 0) == 2.5
 
 
 def test_looks_at_what_is_held_become_rarer_with_the_time_up_to_a_bound() -> None:
     breaker = hanging("a")
 
-    assert [breaker.hold_s("orders", NOW_S + open_s) for open_s in (0, 1, 8, 20, 300)] == [
-        SHORTEST_HOLD_S,
-        0.5,
-        4,
-        LONGEST_HOLD_S,
-        LONGEST_HOLD_S,
-    ]
+    holds_s = [breaker.hold_s("orders", NOW_S + open_s, 0) for open_s in (0, 1, 8, 20, 300)]
+
+    assert holds_s == [SHORTEST_HOLD_S, 0.5, 4, LONGEST_HOLD_S, LONGEST_HOLD_S]
+    assert hanging("a").hold_s("orders", NOW_S + 8, 0.5) == 6
 
 
-def test_however_much_is_held_only_so_many_are_looked_at_in_a_second() -> None:
+def test_however_much_is_held_for_several_queues_only_so_many_are_looked_at_in_a_second() -> None:
     breaker = hanging("a")
+    breaker.overdue("b", 1, "invoices", NOW_S)
     held = 3 * int(LONGEST_HOLD_S * LOOKS_PER_S)
 
-    holds_s = [breaker.hold_s("orders", NOW_S + 300) for _ in range(held)]
-    few_s = breaker.hold_s("orders", NOW_S + 400)
+    holds_s = [
+        breaker.hold_s(queue, NOW_S + 300, 0) for _ in range(held // 2) for queue in ("orders", "invoices")
+    ]
+    few_s = breaker.hold_s("orders", NOW_S + 400, 0)
 
     assert holds_s[0] == LONGEST_HOLD_S
-    assert holds_s[-1] == pytest.approx(LONGEST_HOLD_S + (held - 1) / LOOKS_PER_S)
+    assert holds_s[-1] == pytest.approx((held - 1) / LOOKS_PER_S)
     assert few_s == LONGEST_HOLD_S
 
 
@@ -76,7 +76,7 @@ def test_on_another_connection_a_circuit_counts_as_open_from_its_first_probe_on(
 
     assert breaker.admit("b", 1, "orders", NOW_S + 500) is None
     assert breaker.admit("c", 1, "orders", NOW_S + 501) is Outcome.HELD
-    assert breaker.hold_s("orders", NOW_S + 501) == 0.5
+    assert breaker.hold_s("orders", NOW_S + 501, 0) == 0.5
 
 
 def test_a_late_answer_closes_the_circuit_and_is_known_to_the_next_claim() -> None:
@@ -85,7 +85,7 @@ def test_a_late_answer_closes_the_circuit_and_is_known_to_the_next_claim() -> No
     assert breaker.answered("a", Outcome.CONFIRMED, NOW_S + 20) == "orders"
     assert breaker.answered("b", Outcome.RETURNED, NOW_S + 20) is None  # closed already
 
-    assert breaker.hold_s("orders", NOW_S + 20) == SHORTEST_HOLD_S
+    assert breaker.hold_s("orders", NOW_S + 20, 0) == SHORTEST_HOLD_S
     assert breaker.admit("a", 2, "orders", NOW_S + 30) is Outcome.CONFIRMED
     assert breaker.admit("b", 2, "orders", NOW_S + 30) is Outcome.RETURNED
     assert breaker.admit("c", 1, "orders", NOW_S + 30) is None
@@ -132,14 +132,14 @@ def test_answers_to_what_it_does_not_know_change_nothing() -> None:
     breaker = hanging("a")
 
     assert breaker.answered("x", Outcome.CONFIRMED, NOW_S) is None
-    assert breaker.hold_s("orders", NOW_S + 1) == 0.5
+    assert breaker.hold_s("orders", NOW_S + 1, 0) == 0.5
 
 
 def test_a_new_connection_probes_each_open_circuit_at_once_and_has_nothing_outstanding() -> None:
     breaker = hanging("a")
     breaker.connected(NOW_S + 30)
 
-    assert breaker.hold_s("orders", NOW_S + 31) == 0.5
+    assert breaker.hold_s("orders", NOW_S + 31, 0) == 0.5
     assert breaker.admit("a", 2, "orders", NOW_S + 31) is None
     assert breaker.admit("b", 1, "orders", NOW_S + 31) is Outcome.HELD
     assert breaker.answered("a", Outcome.CONFIRMED, NOW_S + 31) == "orders"
@@ -172,7 +172,7 @@ def test_a_slow_queue_is_not_fed_until_it_confirms_something_and_nobody_is_told(
     breaker.slow("a", "orders", NOW_S)
     breaker.slow("a", "orders", NOW_S + 1)
 
-    assert breaker.hold_s("orders", NOW_S + 2) == 1
+    assert breaker.hold_s("orders", NOW_S + 2, 0) == 1
     assert breaker.admit("b", 1, "orders", NOW_S + 2) is Outcome.HELD
     assert breaker.answered("a", Outcome.CONFIRMED, NOW_S + 3) is None
     assert breaker.admit("b", 2, "orders", NOW_S + 3) is None
@@ -184,5 +184,5 @@ def test_a_slow_queue_may_turn_out_to_hang() -> None:
     breaker.slow("a", "orders", NOW_S)
 
     assert breaker.overdue("a", 1, "orders", NOW_S + 8)
-    assert breaker.hold_s("orders", NOW_S + 8) == 4
+    assert breaker.hold_s("orders", NOW_S + 8, 0) == 4
     assert breaker.answered("a", Outcome.CONFIRMED, NOW_S + 9) == "orders"

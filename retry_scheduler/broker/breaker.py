@@ -20,8 +20,8 @@ PROBE_EVERY_S = 60.0
 SHORTEST_HOLD_S = 0.25
 LONGEST_HOLD_S = 10.0
 
-# However much is held, this many a second are looked at, half of what could be delivered. So the looks leave
-# the others their share, and what is held comes out as late as it could be delivered anyway.
+# However much is held, for however many queues, so many a second are looked at, half of what could be
+# delivered: the looks must leave the others their share.
 LOOKS_PER_S = 4000.0
 
 # So long a late answer is of use; a row that nobody sends again by then was settled by another instance.
@@ -31,14 +31,13 @@ LATE_ANSWER_KEPT_S = 600.0
 class _Circuit:
     """An open one."""
 
-    __slots__ = ("hanging", "look_at_s", "opened_at_s", "probe_at_s", "probed")
+    __slots__ = ("hanging", "opened_at_s", "probe_at_s", "probed")
 
     def __init__(self, now_s: float) -> None:
         self.hanging = False
         self.probed = True  # what opened it is outstanding on this connection, or was sent to find out
         self.opened_at_s = now_s
         self.probe_at_s = now_s + PROBE_EVERY_S
-        self.look_at_s = now_s  # when the one is looked at again that was held last
 
 
 class Breaker:
@@ -46,6 +45,7 @@ class Breaker:
 
     def __init__(self) -> None:
         self._open: dict[str, _Circuit] = {}
+        self._next_look_s = 0.0
         self._queues: dict[str, str] = {}  # key -> queue, of what is outstanding behind an open circuit
         self._overdue: dict[str, int] = {}  # key -> claim, of that which nobody waits for any more
         self._late: dict[str, tuple[int, str, Outcome, float]] = {}  # key -> claim, queue, answer, when
@@ -55,14 +55,14 @@ class Breaker:
         """Whether every message may be sent, and no answer is of interest."""
         return not (self._open or self._queues or self._late)
 
-    def hold_s(self, queue: str, now_s: float) -> float:
-        """Return for how many seconds to hold one more message for `queue`."""
+    def hold_s(self, queue: str, now_s: float, roll: float) -> float:
+        """Return for how many seconds to hold one more message for `queue`. roll: 0 to 1, at random."""
         circuit = self._open.get(queue)
         if circuit is None:  # it has just closed
-            return SHORTEST_HOLD_S
+            return SHORTEST_HOLD_S * (1 + roll)
         usual_s = min(max((now_s - circuit.opened_at_s) / 2, SHORTEST_HOLD_S), LONGEST_HOLD_S)
-        circuit.look_at_s = max(circuit.look_at_s + 1 / LOOKS_PER_S, now_s + usual_s)
-        return circuit.look_at_s - now_s
+        self._next_look_s = max(self._next_look_s + 1 / LOOKS_PER_S, now_s)
+        return max(usual_s * (1 + roll), self._next_look_s - now_s)
 
     def slow(self, key: str, queue: str, now_s: float) -> None:
         """Note that something has been outstanding at `queue` for long, and that somebody waits for it."""

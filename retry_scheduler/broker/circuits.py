@@ -4,6 +4,7 @@ The breaker is told of answers only while it is interested in any: usually no ci
 confirm costs nothing here.
 """
 
+import random
 import time
 from collections.abc import Sequence
 
@@ -31,7 +32,7 @@ class Circuits:
 
     def hold_s(self, queue: str) -> float:
         """Return for how many seconds to hold one more message for `queue`."""
-        return self._breaker.hold_s(queue, time.monotonic())
+        return self._breaker.hold_s(queue, time.monotonic(), random.random())
 
     def connected(self, ledger: ConfirmLedger) -> None:
         """Begin anew on another connection, whose publications `ledger` knows."""

@@ -112,9 +112,10 @@ class Connection:
     async def _ask(self) -> None:
         earlier = self._asked
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                if earlier is not None:
+            if earlier is not None:
+                async with asyncio.timeout(CALL_TIMEOUT_S):
                     await asyncio.wait((earlier, self.closed), return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
                 self._trip = None
                 self._asked = answer = asyncio.get_running_loop().create_future()
                 self.channel.flow(True, callback=_setter(answer))

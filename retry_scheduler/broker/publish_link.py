@@ -302,6 +302,8 @@ class PublishLink:
 
     def _ask(self, connection: Connection) -> None:
         """Find out whether the broker still answers, although it confirms nothing; nobody waits for that."""
+        if connection is not self._connection:
+            return
         if self._asked_at_s is None:
             self._asked_at_s = time.monotonic()
         if self._asking is None or self._asking.done():

@@ -54,8 +54,9 @@ SELECT told.message_id, told.retry_count, task.status,
        coalesce(task.intake_id < 0, false) AS redelivered,
        task.retry_count < task.max_retries
            AND (coalesce(task.last_error = 'overdue', false)
-                OR EXISTS (SELECT FROM retry_instance AS owner
-                            WHERE owner.id = task.claimed_by AND owner.gone_at IS NULL))
+                OR (task.claimed_until IS NOT NULL
+                    AND EXISTS (SELECT FROM retry_instance AS owner
+                                 WHERE owner.id = task.claimed_by AND owner.gone_at IS NULL)))
            AS may_have_arrived
   FROM unnest($1::uuid[], $2::integer[]) AS told (message_id, retry_count)
   JOIN retry_queue AS task USING (message_id, retry_count);
