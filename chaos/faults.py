@@ -13,6 +13,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 from chaos.bed import ROLE
@@ -22,6 +23,7 @@ from chaos.moment import hold_table_lock, strike_in_time
 from chaos.requests import FULL_QUEUE, REVIEW_QUEUE
 from chaos.schedule import BROKER_LINK, DATABASE_LINK, Strike, target_of
 from chaos.stage import Stage
+from retry_scheduler.demo.processes import PrivateServerError
 
 Heal = Callable[[], None]
 Fault = Callable[[Stage, Strike], Heal]
@@ -44,6 +46,8 @@ DEADLY_POINTS = (
 
 # A lock waits for the statements before it.
 LOCKED_WITHIN_S = 3.0
+# Of a full machine; a trial that waits longer has found something.
+RECOVERS_WITHIN_S = 60.0
 
 
 def _nothing() -> None:
@@ -110,18 +114,22 @@ def freeze_database(stage: Stage, strike: Strike) -> Heal:
 
 
 def cut_database_connections(stage: Stage, strike: Strike) -> Heal:
-    stage.place.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'")
+    _tell_database(stage, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{ROLE}'")
     return _nothing
 
 
 def kill_backend(stage: Stage, strike: Strike) -> Heal:
     """One backend that is killed takes the whole server through its crash recovery."""
-    pid = stage.place.sql(
-        f"SELECT pid FROM pg_stat_activity WHERE usename = '{ROLE}' ORDER BY random() LIMIT 1"
+    pid = _tell_database(
+        stage, f"SELECT pid FROM pg_stat_activity WHERE usename = '{ROLE}' ORDER BY random() LIMIT 1"
     )
     if pid:
         os.kill(int(pid), signal.SIGKILL)
-    return _nothing
+
+    def heal() -> None:
+        _tell_database(stage, "SELECT 1")
+
+    return heal
 
 
 def lock_table(stage: Stage, strike: Strike) -> Heal:
@@ -219,5 +227,17 @@ def _fill(stage: Stage, queue: str) -> Heal:
 
 
 def _configure(stage: Stage, statement: str) -> None:
-    stage.place.sql(statement)
-    stage.place.sql("SELECT pg_reload_conf()")
+    _tell_database(stage, statement)
+    _tell_database(stage, "SELECT pg_reload_conf()")
+
+
+def _tell_database(stage: Stage, statement: str) -> str:
+    """Return what it answers once it has recovered from the fault before. Raises PrivateServerError."""
+    given_up_at_s = time.monotonic() + RECOVERS_WITHIN_S
+    while True:
+        try:
+            return stage.place.sql(statement)
+        except PrivateServerError:
+            if time.monotonic() > given_up_at_s:
+                raise
+        time.sleep(0.1)
