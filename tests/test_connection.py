@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -42,7 +42,7 @@ async def test_an_answer_that_comes_late_is_not_taken_for_that_to_a_later_questi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     channel = Channel()
-    connection = Connection(Raw(), channel)  # type: ignore[arg-type]
+    connection = Connection(cast(WireConnection, Raw()), channel)
     with monkeypatch.context() as impatient:
         impatient.setattr(connection_module, "CALL_TIMEOUT_S", 0.05)
         with pytest.raises(Unavailable):
